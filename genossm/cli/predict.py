@@ -1,0 +1,66 @@
+"""`genossm predict`: every track along chromosomes, regions or sequences, as bigWig, narrowPeak and HDF5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from genossm.cli.console import show
+from genossm.cli.options import batch_size_option, device_option, out_option
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("predict", short_help="Predict every track along chromosomes, regions or sequences.")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--genome", type=FILE, metavar="FASTA", help="The genome, plain or bgzip.")
+@out_option()
+@click.option(
+    "--chrom",
+    "chroms",
+    multiple=True,
+    metavar="NAME",
+    help="A whole chromosome; may be given often. Default: all.",
+)
+@click.option("--region", "regions", multiple=True, metavar="CHR:START-END",
+              help="Only bins that overlap this region (0-based half-open, like BED); may be given often.")  # fmt: skip
+@click.option("--bed", type=FILE, help="Only bins that overlap the rows of this BED file.")
+@click.option(
+    "--sequences",
+    type=FILE,
+    metavar="FASTA",
+    help="Sequences without coordinates, in place of a genome; arrays out.",
+)
+@click.option("--mode", type=click.Choice(["windows"]), default="windows", show_default=True,
+              help="windows: tiles of the training window, margins cropped.")  # fmt: skip
+@click.option("--hdf5", is_flag=True, help="Write predictions.h5 (bins x tracks) as well.")
+@click.option("--call-peaks", is_flag=True, help="Write called regions of each peaks track as narrowPeak.")
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="P",
+    help="Lowest probability in a called region. Default: the model's own.",
+)
+@batch_size_option()
+@device_option()
+@click.option("--force", is_flag=True, help="Replace another prediction in DIR.")
+def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **options: Any) -> None:
+    """Predict all tracks of the model in RUN and write DIR/<track>.bw, one bigWig per track, and DIR/run.json.
+
+    Bins of mostly N are gaps. The two strands are averaged. A killed command goes on where it stopped
+    when it is run again.
+    """
+    from genossm.pipelines.predict import predict
+
+    result = predict(run, chroms=chroms or None, regions=regions or None, **options)
+    lines = [f"{result.summary['bins']:,} bins ({result.summary['gap_bins']:,} gaps) in {result.folder}"]
+    for name, track in result.summary["tracks"].items():
+        values = " ".join(f"{key} {track[key]:.4g}" for key in ("mean", "max") if track[key] is not None)
+        called = (
+            f"; {track['regions']:,} regions at {track['threshold']:g} or more" if "regions" in track else ""
+        )
+        lines.append(f"{name}: {values}{called}")
+    lines += [str(file) for file in result.files]
+    show({"out": result.folder, "files": result.files, **result.summary}, "\n".join(lines))

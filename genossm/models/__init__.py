@@ -1,0 +1,1 @@
+"""State-space encoders over DNA and the accessibility models made of them."""

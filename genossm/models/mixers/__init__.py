@@ -1,0 +1,1 @@
+"""Sequence mixers, one file each: (batch, length, width) to the same shape."""

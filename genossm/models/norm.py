@@ -1,0 +1,34 @@
+"""Root-mean-square normalisation, plain and gated."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedRMSNorm(nn.Module):
+    """y = RMSNorm(x * silu(gate)) * weight, as at the end of a Mamba-2 mixer (Dao & Gu 2024, section 7).
+
+    Args:
+        width: size of the last axis.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return F.rms_norm(x * F.silu(gate), self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
+
+
+class ChannelNorm(nn.Module):
+    """RMSNorm over the channels of a (batch, channels, length) tensor, each position on its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x_BDL: Tensor) -> Tensor:
+        scale = x_BDL.float().square().mean(1, keepdim=True).add(1e-5).rsqrt()
+        return x_BDL * scale.to(x_BDL.dtype) * self.weight.to(x_BDL.dtype)[:, None]

@@ -1,0 +1,189 @@
+"""Input windows: tiling chromosomes so that every base is a target once, refusing leaks, and the windows table.
+
+An input window of `window_bp` bases has a context margin of `margin_bp` at either side; what lies between the
+margins is its target. Coordinates are 0-based half-open; a window may start below 0 or end past the chromosome
+(the genome pads there), its target never does once clipped by `target_of`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from genossm.atomic import atomic_path
+from genossm.errors import ConfigError, DataError, FileError
+from genossm.interval import merge
+
+COLUMNS = ("chrom", "start", "end", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """An input window, margins included: 0-based half-open, `start` may be negative, `end` past the chromosome."""
+
+    chrom: str
+    start: int
+    end: int
+    split: str = ""
+
+    @property
+    def length_bp(self) -> int:
+        """Bases from start to end, those outside the chromosome included."""
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.chrom}:{self.start}-{self.end}" + (f" ({self.split})" if self.split else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A window of one split that reads target bases of another split: `bases` of them, all of `other`."""
+
+    window: Window
+    other: str
+    bases: int
+
+    def __str__(self) -> str:
+        return f"{self.window} holds {self.bases} target bases of {self.other}"
+
+
+def check_geometry(window_bp: int, margin_bp: int, bin_bp: int) -> None:
+    """Refuse window sizes whose bins would not line up.
+
+    Raises:
+        ConfigError: a size is not positive, the margins leave no target, or margin or target is no multiple of the bin.
+    """
+    if bin_bp < 1:
+        raise ConfigError(f"bin of {bin_bp} bp: it must be 1 bp or more")
+    if margin_bp < 0:
+        raise ConfigError(f"margin of {margin_bp} bp: it must be 0 or more")
+    target_bp = window_bp - 2 * margin_bp
+    if target_bp < bin_bp:
+        raise ConfigError(
+            f"a window of {window_bp} bp with two margins of {margin_bp} bp leaves {target_bp} bp of target: "
+            f"at least one bin of {bin_bp} bp is needed; make the window longer or the margin shorter"
+        )
+    if margin_bp % bin_bp or target_bp % bin_bp:
+        raise ConfigError(
+            f"margin ({margin_bp} bp) and window minus two margins ({target_bp} bp) must both be multiples of "
+            f"the bin ({bin_bp} bp), so that bins of neighbouring windows line up"
+        )
+
+
+def tile(
+    chrom: str, length_bp: int, *, window_bp: int, margin_bp: int, bin_bp: int, split: str = ""
+) -> list[Window]:
+    """Windows whose targets `[k*T, (k+1)*T)`, T = window_bp - 2*margin_bp, cover each base of a chromosome once.
+
+    A chromosome no longer than T gives one window. The last target may run past the end.
+
+    Raises:
+        DataError: `length_bp` below 1.
+        ConfigError: a geometry that `check_geometry` refuses.
+    """
+    check_geometry(window_bp, margin_bp, bin_bp)
+    if length_bp < 1:
+        raise DataError(f"chromosome {chrom} has {length_bp} bases: there is nothing to tile")
+    target_bp = window_bp - 2 * margin_bp
+    starts = range(-margin_bp, length_bp - margin_bp, target_bp)
+    return [Window(chrom, start, start + window_bp, split) for start in starts]
+
+
+def target_of(window: Window, margin_bp: int, length_bp: int) -> tuple[int, int]:
+    """The (start, end) of a window's target bases, clipped to the chromosome; (x, x) where none is inside."""
+    start = min(max(window.start + margin_bp, 0), length_bp)
+    return start, max(start, min(window.end - margin_bp, length_bp))
+
+
+def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[str, int]) -> list[Leak]:
+    """Every window that, margins included, holds target bases of a split other than its own.
+
+    `lengths` gives each chromosome's length in bp. Time is that of sorting the windows; the answer is in the order
+    of `windows`.
+
+    Raises:
+        DataError: a window on a chromosome that `lengths` lacks.
+    """
+    by_chrom: dict[str, dict[str, list[int]]] = {}
+    for index, window in enumerate(windows):
+        if window.chrom not in lengths:
+            raise DataError(f"window {window} is on {window.chrom}, which the genome does not have")
+        by_chrom.setdefault(window.chrom, {}).setdefault(window.split, []).append(index)
+    leaks: list[tuple[int, Leak]] = []
+    for chrom, splits in by_chrom.items():
+        if len(splits) < 2:
+            continue
+        length_bp = lengths[chrom]
+        for other, members in splits.items():
+            targets = np.array([target_of(windows[i], margin_bp, length_bp) for i in members], dtype=np.int64)
+            starts, ends = merge(targets[:, 0], targets[:, 1])
+            rest = np.array([i for name, ids in splits.items() if name != other for i in ids], dtype=np.int64)
+            spans = np.array([(windows[i].start, windows[i].end) for i in rest], dtype=np.int64)
+            bases = _bases_below(spans[:, 1], starts, ends) - _bases_below(spans[:, 0], starts, ends)
+            leaks += [
+                (int(rest[k]), Leak(windows[rest[k]], other, int(bases[k]))) for k in np.flatnonzero(bases)
+            ]
+    return [leak for _, leak in sorted(leaks, key=lambda found: (found[0], found[1].other))]
+
+
+def write_windows(path: str | os.PathLike[str], windows: Iterable[Window]) -> None:
+    """Write a table with the columns chrom, start, end, split (tabs, one header line), complete or not at all."""
+    lines = ["\t".join(COLUMNS)]
+    lines += [f"{window.chrom}\t{window.start}\t{window.end}\t{window.split}" for window in windows]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_windows(path: str | os.PathLike[str]) -> list[Window]:
+    """Read what `write_windows` wrote.
+
+    Raises:
+        FileError: the file is missing or unreadable.
+        DataError: the header is another, or a row has other than four fields, no whole numbers, or end <= start.
+    """
+    source = Path(path)
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read the windows table {source}: {error}") from error
+    if not lines or tuple(lines[0].split("\t")) != COLUMNS:
+        found = lines[0] if lines else "an empty file"
+        raise DataError(
+            f"{source} is no windows table: its first line must be {' '.join(COLUMNS)}, not {found!r}"
+        )
+    windows = []
+    for number, line in enumerate(lines[1:], start=2):
+        fields = line.split("\t")
+        try:
+            chrom, start, end, split = fields
+            window = Window(chrom, int(start), int(end), split)
+        except ValueError as error:
+            raise DataError(
+                f"{source}, line {number}: {line!r} must be chrom, start, end (whole numbers) and split, "
+                "separated by tabs"
+            ) from error
+        if window.end <= window.start:
+            raise DataError(
+                f"{source}, line {number}: end {window.end} must be greater than start {window.start}"
+            )
+        windows.append(window)
+    return windows
+
+
+def _bases_below(
+    positions: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Bases of the sorted disjoint intervals that lie below each position."""
+    if starts.size == 0:
+        return np.zeros(positions.shape, dtype=np.int64)
+    total_before = np.concatenate(([0], np.cumsum(ends - starts)))
+    index = np.searchsorted(starts, positions, side="right")
+    inside = np.where(index > 0, np.minimum(positions, ends[index - 1]) - ends[index - 1], 0)
+    return np.asarray(total_before[index] + inside, dtype=np.int64)

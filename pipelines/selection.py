@@ -1,0 +1,156 @@
+"""What a prediction covers: chromosomes, regions and BED rows turned into wanted bins and the windows that give them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from genossm.annotations import read_annotations
+from genossm.chrom_names import is_primary, name_hint, repair_names
+from genossm.errors import ConfigError, DataError
+from genossm.interval import Interval, merge
+from genossm.progress import say
+from genossm.windows import Window, target_of, tile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Wanted bins and the windows that hold them, both in genome order.
+
+    `bins[chrom]` is int64 (n, 2): sorted, disjoint half-open ranges of bin numbers. Windows lie on the same grid as
+    those of the whole chromosome, so a bin's value never depends on what else was asked for.
+    """
+
+    lengths: Mapping[str, int]
+    bins: Mapping[str, npt.NDArray[np.int64]]
+    windows: tuple[Window, ...]
+    bin_bp: int
+    margin_bp: int
+
+    def target_bins(self, window: Window) -> tuple[int, int]:
+        """First and past-the-last bin number of a window's target inside the chromosome."""
+        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom])
+        return start // self.bin_bp, -(-end // self.bin_bp)
+
+    def wanted(self, chrom: str) -> npt.NDArray[np.bool_]:
+        """bool (bins,) of the whole chromosome: true where a value was asked for."""
+        total = -(-self.lengths[chrom] // self.bin_bp)
+        steps = np.zeros(total + 1, dtype=np.int8)
+        ranges = self.bins[chrom]
+        steps[ranges[:, 0]] += 1
+        steps[ranges[:, 1]] -= 1
+        return np.cumsum(steps[:-1], dtype=np.int8) > 0
+
+    @property
+    def target_bp(self) -> int:
+        """Bases that the targets of all windows cover together."""
+        spans = [target_of(window, self.margin_bp, self.lengths[window.chrom]) for window in self.windows]
+        return sum(end - start for start, end in spans)
+
+
+def select(
+    lengths: Mapping[str, int],
+    *,
+    window_bp: int,
+    margin_bp: int,
+    bin_bp: int,
+    chroms: Sequence[str] | None = None,
+    regions: Sequence[str | Interval] | None = None,
+    bed: str | os.PathLike[str] | None = None,
+) -> Selection:
+    """Choose whole chromosomes (all of them when nothing is named), or the bins that overlap regions and BED rows.
+
+    Args:
+        lengths: chromosome lengths in bp, in genome order.
+        window_bp, margin_bp, bin_bp: geometry of the model.
+        chroms: whole chromosomes.
+        regions: "chrom:start-end" (0-based half-open), a bare chromosome name, or intervals.
+        bed: a BED, narrowPeak or broadPeak file, plain or gzip; its regions are joined with `regions`.
+
+    Raises:
+        ConfigError: chromosomes together with regions.
+        DataError: a name the genome does not have, a region past a chromosome's end, or nothing to predict.
+    """
+    if chroms is not None and (regions is not None or bed is not None):
+        raise ConfigError("chromosomes and regions were both given: name either whole chromosomes or regions")
+    if chroms is None and regions is None and bed is None:
+        chroms = list(lengths)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    if chroms is not None:
+        _check_names(chroms, lengths, "the request")
+        spans = {chrom: [(0, lengths[chrom])] for chrom in chroms}
+    for interval in [_parse(region, lengths) for region in regions or ()]:
+        spans.setdefault(interval.chrom, []).append((interval.start, interval.end))
+    if bed is not None:
+        for chrom, start, end in _bed_rows(bed, lengths):
+            spans.setdefault(chrom, []).append((start, end))
+
+    bins: dict[str, npt.NDArray[np.int64]] = {}
+    windows: list[Window] = []
+    for chrom in lengths:  # genome order, whatever the order of the request
+        if chrom in spans:
+            ends = np.array(spans[chrom], dtype=np.int64).reshape(-1, 2)
+            ends = ends[ends[:, 1] > ends[:, 0]]
+            firsts, stops = merge(ends[:, 0] // bin_bp, -(-ends[:, 1] // bin_bp))
+            if firsts.size:
+                bins[chrom] = np.stack([firsts, stops], axis=1)
+                grid = tile(chrom, lengths[chrom], window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
+                windows += _overlapping(grid, bins[chrom], margin_bp, bin_bp, lengths[chrom])
+    if not windows:
+        raise DataError("there is nothing to predict: no region holds a base; give regions of at least 1 bp")
+    return Selection(dict(lengths), bins, tuple(windows), bin_bp, margin_bp)
+
+
+def _overlapping(
+    grid: Sequence[Window], ranges: npt.NDArray[np.int64], margin_bp: int, bin_bp: int, length_bp: int
+) -> list[Window]:
+    targets = np.array([target_of(window, margin_bp, length_bp) for window in grid], dtype=np.int64)
+    starts, ends = ranges[:, 0] * bin_bp, ranges[:, 1] * bin_bp
+    # The ranges are sorted and disjoint: a target meets one when the first range that ends after the target's start
+    # begins before the target's end.
+    candidate = np.searchsorted(ends, targets[:, 0], side="right")
+    meets = candidate < len(starts)
+    meets[meets] = starts[candidate[meets]] < targets[meets, 1]
+    return [window for window, hit in zip(grid, meets.tolist(), strict=True) if hit]
+
+
+def _parse(region: str | Interval, lengths: Mapping[str, int]) -> Interval:
+    if isinstance(region, str):
+        if region not in lengths and ":" in region:
+            _check_names([region.strip().rpartition(":")[0]], lengths, f"the region {region!r}")
+        return Interval.parse(region, lengths)
+    _check_names([region.chrom], lengths, f"the region {region}")
+    if region.start < 0 or region.end > lengths[region.chrom]:
+        raise DataError(
+            f"the region {region} does not lie inside {region.chrom} (0-{lengths[region.chrom]}): correct its ends"
+        )
+    return region
+
+
+def _bed_rows(bed: str | os.PathLike[str], lengths: Mapping[str, int]) -> Iterable[tuple[str, int, int]]:
+    """Merged rows of a BED file that lie on the genome; oddities are said on standard error."""
+    annotations = read_annotations(bed)
+    primary = [name for name in annotations.chrom_names() if is_primary(name)]
+    _check_names(primary, lengths, f"the file {bed}")
+    fitted = annotations.fit(lengths)
+    if fitted.oddities:
+        counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in fitted.oddities.items())
+        say(f"{bed}: {counts}")
+    for chrom in fitted.chrom_names():
+        starts, ends = fitted.on(chrom)
+        yield from ((chrom, start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _check_names(names: Iterable[str], lengths: Mapping[str, int], what: str) -> None:
+    """Refuse names that the genome does not have, and say which ones it has in their place."""
+    unknown = [name for name in dict.fromkeys(names) if name not in lengths]
+    if unknown:
+        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        twins = repair_names(unknown, lengths)
+        repairs = ", ".join(f"{known} for {name}" for name, known in list(twins.items())[:5])
+        hint = f"write {repairs}" if repairs else name_hint(unknown[0], lengths)
+        raise DataError(f"{what} names {listed}, which the genome does not have: {hint}")

@@ -1,0 +1,308 @@
+"""Train an accessibility model on a prepared dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from genossm import checkpoint
+from genossm.atomic import atomic_write_text
+from genossm.config import apply_overrides, build, dump_yaml, load_yaml, to_mapping
+from genossm.dataset import PreparedDataset
+from genossm.errors import CheckpointError, ConfigError, DataError
+from genossm.loaders import EpochSampler, Item, WindowDataset
+from genossm.models.accessibility import AccessibilityModel
+from genossm.models.heads import TrackHead
+from genossm.pipelines.device import describe, pick_device
+from genossm.pipelines.run_log import RESUME_FILE, RunLog
+from genossm.pipelines.training_module import TrainingModule
+from genossm.progress import say
+from genossm.run_config import RunConfig, load_run_config
+from genossm.version import versions
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training.
+
+    Attributes:
+        path: the run folder.
+        best_epoch: the epoch (from 0) whose model was kept.
+        best_score: its validation AUPRC (mean over peak tracks), or Pearson where there is none.
+        seconds: wall time of this call.
+    """
+
+    path: Path
+    best_epoch: int
+    best_score: float
+    seconds: float
+
+    def load(self) -> AccessibilityModel:
+        """The best model, on the CPU and in evaluation mode."""
+        return checkpoint.load(self.path)
+
+
+def train(
+    config: str | os.PathLike[str] | RunConfig,
+    dataset: str | os.PathLike[str] | PreparedDataset,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    seed: int | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+) -> Run:
+    """Train a model; keep the weights of the epoch with the best validation AUPRC.
+
+    The run folder holds `model.safetensors` (the best model), `config.yaml` (resolved), `provenance.json`,
+    `metrics.csv` (a row per epoch), `tensorboard/`, and `last.ckpt`, from which `resume` goes on.
+
+    Args:
+        config: a YAML file, the name of a shipped configuration, or a `RunConfig`.
+        dataset: a prepared dataset or its folder.
+        out: the run folder; must not hold another run unless `resume`.
+        device: `auto` (CUDA, or an error where there is none), `cuda`, `cuda:N` or `cpu`.
+        seed: instead of the configuration's.
+        resume: go on with the run in `out` from its last whole epoch, with the configuration stored there; starts
+            from the beginning where no epoch was finished.
+        overrides: `a.b=value` settings on top of the configuration.
+
+    Raises:
+        ConfigError: the configuration or an override is wrong, or does not fit the dataset.
+        CheckpointError: `out` holds a run and `resume` is False, or `resume` is True and the run there is another.
+        DeviceError: the device is not there.
+    """
+    began = datetime.now(UTC)
+    folder = Path(out)
+    resolved = _resolve(config, overrides, seed)
+    data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
+    resumed = _prepare_folder(folder, resolved, data, resume=resume)
+    chosen = pick_device(device)
+    precision = _precision(resolved, chosen)
+    say(f"device: {describe(chosen)}, {precision}; run folder: {folder}; seed {resolved.train.seed}")
+
+    torch.manual_seed(resolved.train.seed)
+    training, validation = _windows(data, resolved)
+    model = AccessibilityModel(
+        resolved.model,
+        track_heads(data),
+        window_bp=data.window_bp,
+        margin_bp=data.margin_bp,
+        assembly=data.assembly,
+    )
+    if model.bin_bp != data.bin_bp:
+        raise ConfigError(
+            f"the model's bins are {model.bin_bp} bp and the dataset's {data.bin_bp} bp; change model.encoder.stem.pool, "
+            "or prepare the dataset with another window.bin"
+        )
+    steps_per_epoch = len(training) // resolved.train.batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"batch_size is {resolved.train.batch_size} and an epoch has {len(training)} windows; "
+            "lower train.batch_size or set train.windows_per_epoch"
+        )
+    total_steps = steps_per_epoch * resolved.train.epochs
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"model: {parameters:,} parameters, {len(model.tracks)} tracks; {len(training)} windows of "
+        f"{training.window_bp:,} bp an epoch, {resolved.train.epochs} epochs, {total_steps} steps"
+    )
+    provenance = _provenance(data, resolved, device=describe(chosen), began=began)
+    atomic_write_text(folder / CONFIG_FILE, dump_yaml(to_mapping(resolved)))
+    atomic_write_text(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+    try:
+        module = TrainingModule(model, resolved.train, total_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    log = RunLog(
+        folder, window_bp=training.window_bp, provenance=provenance, write_csv="csv" in resolved.train.loggers
+    )
+    with _quiet_lightning():
+        trainer = _trainer(resolved, folder, chosen, precision, log)
+        trainer.fit(
+            module,
+            _loader(training, resolved, chosen, shuffle=True),
+            _loader(validation, resolved, chosen, shuffle=False),
+            ckpt_path=folder / RESUME_FILE if resumed else None,
+            weights_only=True,
+        )
+    if log.best_epoch < 0:
+        raise DataError(
+            "no epoch gave a validation figure, so no model was saved: the validation split has no bin of both classes; "
+            "choose other validation chromosomes"
+        )
+    seconds = (datetime.now(UTC) - began).total_seconds()
+    say(
+        f"trained in {seconds:.0f} s; best epoch {log.best_epoch + 1} with a validation score of {log.best:.4f}; saved in {folder}"
+    )
+    return Run(folder, log.best_epoch, log.best, seconds)
+
+
+def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
+    """A head for each track of `dataset`, with the mean and spread of its training bins."""
+    heads = []
+    for track in dataset.tracks:
+        of_training = dataset.statistics[track.name]["train"]
+        loss: Literal["bce", "poisson", "mse"] = "bce" if track.kind == "peaks" else track.loss or "poisson"
+        try:
+            heads.append(
+                TrackHead(
+                    track.name, track.kind, loss, track.aggregate, of_training["mean"], of_training["std"]
+                )
+            )
+        except ValueError as error:
+            raise DataError(
+                f"{error}; the training chromosomes hold no such signal: check the track's file"
+            ) from error
+    return heads
+
+
+def _resolve(
+    config: str | os.PathLike[str] | RunConfig, overrides: Iterable[str], seed: int | None
+) -> RunConfig:
+    settings = list(overrides) + ([] if seed is None else [f"train.seed={seed}"])
+    if isinstance(config, RunConfig):
+        return build(RunConfig, apply_overrides(to_mapping(config), settings), where="config")
+    return load_run_config(config, settings)
+
+
+def _prepare_folder(folder: Path, config: RunConfig, data: PreparedDataset, *, resume: bool) -> bool:
+    """Make or check the run folder; True when there is a state to go on from."""
+    stored = folder / CONFIG_FILE
+    if not stored.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        return False
+    if not resume:
+        raise CheckpointError(
+            f"{folder} holds a run already; go on with it by --resume, or choose another folder"
+        )
+    if build(RunConfig, load_yaml(stored), where=str(stored)) != config:
+        raise CheckpointError(
+            f"the run in {folder} was started with another configuration (see {stored}); "
+            "resume it with the same one, or choose another folder"
+        )
+    before = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["dataset"]["fingerprint"]
+    if before != fingerprint(data):
+        raise CheckpointError(
+            f"the run in {folder} was started on another dataset; resume it on the same one"
+        )
+    return (folder / RESUME_FILE).exists()
+
+
+def _precision(config: RunConfig, device: torch.device) -> Literal["bf16-mixed", "32-true"]:
+    if config.train.precision == "float32" or (config.train.precision == "auto" and device.type == "cpu"):
+        return "32-true"
+    return "bf16-mixed"
+
+
+def _windows(data: PreparedDataset, config: RunConfig) -> tuple[WindowDataset, WindowDataset]:
+    settings = config.train
+    try:
+        training = WindowDataset(
+            data,
+            "train",
+            window_bp=settings.window_bp,
+            margin_bp=settings.margin_bp,
+            windows_per_epoch=settings.windows_per_epoch,
+            augment=True,
+            reverse_complement=settings.reverse_complement,
+            jitter_bp=settings.jitter_bp,
+            seed=settings.seed,
+        )
+        return training, WindowDataset(data, "valid")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _loader(
+    windows: WindowDataset, config: RunConfig, device: torch.device, *, shuffle: bool
+) -> DataLoader[Item]:
+    workers = config.train.workers
+    return DataLoader(
+        windows,
+        batch_size=config.train.batch_size,
+        sampler=EpochSampler(len(windows), seed=config.train.seed) if shuffle else None,
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _trainer(
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    precision: Literal["bf16-mixed", "32-true"],
+    log: RunLog,
+) -> lightning.Trainer:
+    loggers: list[Logger] = []
+    if "tensorboard" in config.train.loggers:
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    return lightning.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "cuda",
+        devices=1 if device.type == "cpu" else [device.index or 0],
+        precision=precision,
+        max_epochs=config.train.epochs,
+        gradient_clip_val=config.train.clip_norm,
+        check_val_every_n_epoch=config.train.valid_every,
+        logger=loggers or False,
+        callbacks=[log],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning without its notes on hardware, products and workers: `RunLog` says what a user needs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*srun.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def fingerprint(data: PreparedDataset) -> str:
+    """A hash of what a prepared dataset was made from: configuration, genome and input files."""
+    return hashlib.sha256(json.dumps(data.provenance, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _provenance(data: PreparedDataset, config: RunConfig, *, device: str, began: datetime) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "device": device,
+        "started": began.isoformat(timespec="seconds"),
+        "seed": config.train.seed,
+        "assembly": data.assembly,
+        "splits": {split: list(chroms) for split, chroms in data.splits.items()},
+        "dataset": {"folder": str(data.folder), "fingerprint": fingerprint(data), **data.provenance},
+        "train": to_mapping(config.train),
+    }

@@ -1,0 +1,181 @@
+"""The training step, optimiser and validation of an accessibility model, as Lightning runs them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from genossm import metrics
+from genossm.models.accessibility import AccessibilityModel
+from genossm.run_config import TrainConfig
+
+SSM_PARAMETERS = ("A_log", "dt_bias", "D")
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class TrainingModule(lightning.LightningModule):
+    """A model, the running average of its weights, and how both are trained and validated.
+
+    Args:
+        model: trained in place.
+        config: see `TrainConfig`.
+        total_steps: optimiser steps of the whole training, for warm-up and cosine decay.
+    """
+
+    track_weights: Tensor
+
+    def __init__(self, model: AccessibilityModel, config: TrainConfig, total_steps: int) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.total_steps = total_steps
+        self.average = (
+            AveragedModel(
+                model,
+                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
+                use_buffers=True,
+            )
+            if config.ema_decay
+            else None
+        )
+        known = {track.name for track in model.tracks}
+        unknown = sorted(set(config.track_weights) - known)
+        if unknown:
+            raise ValueError(
+                f"track_weights names {', '.join(unknown)}; the dataset's tracks are {', '.join(sorted(known))}"
+            )
+        weights = torch.tensor([config.track_weights.get(track.name, 1.0) for track in model.tracks])
+        self.register_buffer("track_weights", weights / weights.sum(), persistent=False)
+        self.epoch_losses: list[Tensor] = []
+        self.validation: dict[str, float] = {}
+        self.thresholds: dict[str, float] = {}
+        self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._forward = torch.compile(model) if config.compile else model
+
+    @property
+    def validated(self) -> AccessibilityModel:
+        """The model that is validated and saved: the running average where there is one."""
+        if self.average is None:
+            return self.model
+        averaged = self.average.module
+        assert isinstance(averaged, AccessibilityModel)
+        return averaged
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_losses = []
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        # dropout depends on (seed, step) alone, so that a resumed training repeats the unbroken one
+        torch.manual_seed(self.config.seed * 1_000_003 + self.global_step)
+        tokens, targets, mask = batch
+        losses = self._losses(self._cropped(self._forward(tokens), targets), targets, mask)
+        loss = (losses * self.track_weights).sum()
+        self.epoch_losses.append(loss.detach())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient became {norm.item()} at step {self.global_step}; lower train.learning_rate and resume"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        self._outputs = []
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        tokens, targets, mask = batch
+        model = self.validated
+        raw = self._cropped(model(tokens), targets)
+        losses = self._losses(raw, targets, mask)
+        self._outputs.append((model.heads.values(raw).cpu(), targets.cpu(), mask.cpu(), losses.cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        tracks = self.model.tracks
+        values, targets, mask = (
+            torch.cat([output[index].flatten(0, 1) for output in self._outputs]).numpy() for index in range(3)
+        )
+        losses = torch.stack([output[3] for output in self._outputs]).mean(0)
+        self.validation = {"valid/loss": float((losses * self.track_weights.cpu()).sum())}
+        self.thresholds = {}
+        by_kind: dict[str, list[float]] = {"auprc": [], "pearson": []}
+        for index, track in enumerate(tracks):
+            keep = mask[:, index]
+            truth, score = targets[keep, index], values[keep, index]
+            if track.kind == "peaks":
+                result = {"auprc": metrics.auprc(truth, score), "auroc": metrics.auroc(truth, score)}
+                threshold = metrics.best_f1_threshold(truth, score)
+                if math.isfinite(threshold):
+                    self.thresholds[track.name] = threshold
+            else:
+                logarithm = track.loss == "poisson"
+                result = {
+                    "pearson": metrics.pearson(np.log1p(truth), np.log1p(score))
+                    if logarithm
+                    else metrics.pearson(truth, score)
+                }
+            for name, value in result.items():
+                self.validation[f"valid/{track.name}/{name}"] = value
+                if name in by_kind and math.isfinite(value):
+                    by_kind[name].append(value)
+        for name, collected in by_kind.items():
+            if collected:
+                self.validation[f"valid/{name}"] = float(np.mean(collected))
+        self._outputs = []
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+        warmup = max(1, round(config.warmup_fraction * self.total_steps))
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+            return config.final_fraction + (1 - config.final_fraction) * (1 + math.cos(math.pi * done)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _losses(self, raw: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return self.model.heads.losses(raw, targets, mask, total_weight=self.config.total_weight)
+
+    @staticmethod
+    def _cropped(raw: Tensor, targets: Tensor) -> Tensor:
+        margin = (raw.shape[1] - targets.shape[1]) // 2
+        return raw[:, margin : margin + targets.shape[1]]
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices (decayed), vectors (not), and A, dt bias and D (not, at their own rate)."""
+    decayed, plain, ssm = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1] in SSM_PARAMETERS:
+            ssm.append(parameter)
+        elif parameter.dim() < 2:
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": ssm, "weight_decay": 0.0, "lr": config.learning_rate * config.ssm_rate},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,155 @@
+"""`genossm predict` against the Python call, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from genossm.checkpoint import load, save
+from genossm.cli import main
+from genossm.genome import Genome
+from genossm.models.accessibility import AccessibilityModel, ModelConfig
+from genossm.models.encoder import EncoderConfig
+from genossm.models.heads import TrackHead
+from genossm.models.stem import StemConfig
+from genossm.pipelines.predict import predict
+
+OUTPUTS = ("peaks.bw", "cuts.bw", "peaks.narrowPeak")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(4)
+    encoder = EncoderConfig(
+        width=16, pattern=("mamba2",), stem=StemConfig(channels=(8, 8, 8, 8)), state=8, head_dim=8
+    )
+    tracks = [TrackHead("peaks", "peaks", "bce"), TrackHead("cuts", "signal", "poisson", "sum", mean=2.0)]
+    model = AccessibilityModel(
+        ModelConfig(encoder, head_hidden=16), tracks, window_bp=4096, margin_bp=512, threshold={"peaks": 0.3}
+    )
+    with torch.no_grad():
+        model.heads.output.weight.mul_(50)
+    folder = tmp_path_factory.mktemp("run")
+    save(model, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fasta(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copy(tiny_folder / "genome.fa", tmp_path_factory.mktemp("fasta")))
+
+
+def test_the_command_equals_the_python_call(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cli"
+    arguments = [
+        "predict",
+        str(run_folder),
+        "--genome",
+        str(fasta),
+        "-o",
+        str(out),
+        "--device",
+        "cpu",
+        "--call-peaks",
+    ]
+    assert main([*arguments, "--chrom", "chrB", "--chrom", "chrC", "--batch-size", "4"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("predict on CPU")
+    assert "peaks.bw" in shown.out and "regions at 0.3 or more" in shown.out
+    chroms = ["chrB", "chrC"]
+    by_path = predict(
+        run_folder, fasta, tmp_path / "api", chroms=chroms, device="cpu", call_peaks=True, batch_size=4
+    )
+    model, genome = load(run_folder), Genome(fasta)
+    loaded = predict(
+        model, genome, tmp_path / "loaded", chroms=chroms, device="cpu", call_peaks=True, batch_size=4
+    )
+    for name in OUTPUTS:
+        assert (out / name).read_bytes() == (by_path.folder / name).read_bytes()
+        assert (out / name).read_bytes() == (loaded.folder / name).read_bytes()
+    identities = [
+        json.loads((folder / "run.json").read_text())["identity"] for folder in (out, loaded.folder)
+    ]
+    assert identities[0] == identities[1]
+
+
+def test_json_regions_bed_and_arrays(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--json", "predict", str(run_folder), "--genome", str(fasta), "--device", "cpu"]
+    (tmp_path / "x.bed").write_text("chrC\t0\t64\n")
+    regions = ["--region", "chrA:1,000-1,064", "--region", "chrB:0-1", "--bed", str(tmp_path / "x.bed")]
+    assert main([*start, "-o", str(tmp_path / "out"), *regions, "--hdf5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["bins"], result["gap_bins"], result["bases"]) == (6, 0, 192)
+    assert [Path(file).name for file in result["files"]] == ["peaks.bw", "cuts.bw", "predictions.h5"]
+    assert result["tracks"]["cuts"]["kind"] == "signal"
+
+
+def test_sequences(run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["predict", str(run_folder), "--sequences", str(fasta), "-o", str(out), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["run.json", "sequences.h5"]
+    assert "sequences.h5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "status", "message"),
+    [
+        (
+            ["--region", "A:0-100"],
+            1,
+            "error: the region 'A:0-100' names A, which the genome does not have: write chrA for A",
+        ),
+        (["--chrom", "chrZ"], 1, "error: the request names chrZ, which the genome does not have"),
+        (["--threshold", "0.5"], 1, "error: a threshold of 0.5 was given, but no regions are called"),
+        (["--mode", "chromosome"], 2, "Invalid value for '--mode'"),
+        (["--batch-size", "0"], 2, "Invalid value for '--batch-size'"),
+        (["--sequences", "x.fa"], 1, "error: sequences have no coordinates"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    run_folder: Path,
+    fasta: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    status: int,
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    start = ["predict", str(run_folder), "--genome", str(fasta), "-o", str(out), "--device", "cpu"]
+    assert main([*start, *extra]) == status
+    shown = capsys.readouterr().err
+    assert message in shown.replace("\n", " ")
+    assert "Traceback" not in shown
+    assert not out.exists()
+
+
+def test_a_folder_of_another_run_is_refused(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["predict", str(run_folder), "--genome", str(fasta), "-o", str(tmp_path), "--device", "cpu"]
+    assert main([*start, "--chrom", "chrC"]) == 0
+    assert main([*start, "--chrom", "chrB"]) == 1
+    assert "holds a prediction of another model, genome or selection" in capsys.readouterr().err
+    assert main([*start, "--chrom", "chrB", "--force"]) == 0
+
+
+def test_no_model_no_genome(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["predict", str(tmp_path / "none"), "--genome", str(fasta), *out]) == 1
+    assert main(["predict", str(run_folder), "--genome", str(tmp_path / "none.fa"), *out]) == 1
+    assert main(["predict", str(run_folder), *out]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert "no trained model" in errors[0] and "none.fa" in errors[1] and "neither a genome" in errors[2]

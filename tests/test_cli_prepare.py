@@ -1,0 +1,117 @@
+"""`genossm prepare` and `genossm check` as commands: what they print, their options and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from genossm.cli import group, main
+from genossm.dataset import PreparedDataset
+from genossm.errors import DataError
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny dataset that a test may spoil."""
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for name in ("genome.fa", "peaks.narrowPeak", "signal.bw", "dataset.yaml"):
+        shutil.copy(tiny_folder / name, copy / name)
+    return copy
+
+
+def test_prepare_prints_what_it_made(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(group, ["prepare", str(folder / "dataset.yaml"), "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    rate = PreparedDataset(out).positive_rate["peaks"]
+    assert result.stdout == (
+        f"{out}: tiny, 2 tracks, windows: 14 train, 7 valid, 1 test\n  peaks: {rate:.2%} of bins positive\n"
+    )
+    assert "preparing tiny: 3 chromosomes, 0.1 Mb, 2 tracks, 22 windows" in result.stderr
+    assert "note: signal.bw (track signal) lacks chrC: masked there" in result.stderr
+    again = CliRunner().invoke(group, ["prepare", str(folder / "dataset.yaml"), "--out", str(out)])
+    assert again.stdout == result.stdout
+    assert "is up to date" in again.stderr
+
+
+def test_prepare_as_json(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--json", "prepare", str(folder / "dataset.yaml"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 0
+    printed = json.loads(result.stdout)
+    assert printed["folder"] == str(tmp_path / "out")
+    assert printed["windows"] == {"train": 14, "valid": 7, "test": 1}
+    assert printed["positive_rate"]["peaks"] == PreparedDataset(tmp_path / "out").positive_rate["peaks"]
+
+
+def test_overrides_and_force(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["prepare", str(folder / "dataset.yaml"), "-o", str(out), "--set", "window.bin=64"]
+    assert CliRunner().invoke(group, arguments).exit_code == 0
+    assert PreparedDataset(out).bin_bp == 64
+    made = (out / "targets.h5").stat().st_mtime_ns
+    assert CliRunner().invoke(group, [*arguments, "--force"]).exit_code == 0
+    assert (out / "targets.h5").stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "dataset.yaml"], "Missing option '-o'"),
+        (["prepare", "-o", "out"], "Missing argument"),
+        (["check"], "Missing argument"),
+        (["check", "dataset.yaml", "--set", "nothing"], "is no override"),
+        (["prepare", "dataset.yaml", "-o", "out", "--forse"], "No such option"),
+    ],
+)
+def test_bad_usage_exits_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_bad_data_exits_1_through_the_group_and_the_program(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "peaks.narrowPeak").write_text("")
+    arguments = ["prepare", str(folder / "dataset.yaml"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, DataError)
+    assert main(arguments) == 1
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("error: ")
+    assert sentence.count("\n") == 1
+    program = subprocess.run(
+        [sys.executable, "-m", "genossm.cli", *arguments], capture_output=True, text=True
+    )
+    assert (program.returncode, program.stdout, program.stderr) == (1, "", sentence)
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_yaml_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["check", "none.yaml"], ["prepare", "none.yaml", "-o", str(tmp_path / "out")]):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err.startswith(
+            "error: cannot read the configuration none.yaml: No such file"
+        )
+
+
+def test_the_commands_import_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "import genossm.cli.check, genossm.cli.prepare\n"
+        "assert not {'torch', 'pandas', 'h5py', 'numpy'} & set(sys.modules)\n"
+        "import genossm.pipelines.prepare\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,199 @@
+"""The dataset YAML: relative paths, environment variables, and a sentence for every slip."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+
+import pytest
+
+from genossm.dataset_config import (
+    DatasetConfig,
+    SplitConfig,
+    TrackConfig,
+    WindowConfig,
+    expand_variables,
+    load_dataset_config,
+)
+from genossm.errors import ConfigError, FileError
+
+DESIGN = """\
+assembly: sacCer3
+genome: sacCer3.fa.gz
+exclude: [mask_repeats.bed]
+tracks:
+  - {name: atac_peaks, file: atac_macs2_peaks.narrowPeak, kind: peaks}
+  - {name: atac_cuts, file: ../signal/atac_tn5_cutsites.bw, kind: signal, aggregate: sum}
+window: {length: 131072, margin: 16384, bin: 32}
+split: {valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    """`text` as folder/dataset.yaml."""
+    path = folder / "dataset.yaml"
+    path.write_text(text)
+    return path
+
+
+def changed(old: str, new: str) -> str:
+    """The YAML of the design with one piece replaced."""
+    assert old in DESIGN
+    return DESIGN.replace(old, new)
+
+
+def test_the_yaml_of_the_design(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data", DESIGN)
+    monkeypatch.chdir(tmp_path)  # paths are relative to the YAML, not to the working folder
+    config = load_dataset_config("data/dataset.yaml")
+    folder = tmp_path / "data"
+    assert config == DatasetConfig(
+        assembly="sacCer3",
+        genome=str(folder / "sacCer3.fa.gz"),
+        exclude=(str(folder / "mask_repeats.bed"),),
+        tracks=(
+            TrackConfig("atac_peaks", str(folder / "atac_macs2_peaks.narrowPeak"), "peaks"),
+            TrackConfig(
+                "atac_cuts", str(tmp_path / "signal/atac_tn5_cutsites.bw"), "signal", aggregate="sum"
+            ),
+        ),
+        window=WindowConfig(131_072, 16_384, 32),
+        split=SplitConfig(valid=("chrIX", "chrXI"), test=("chrIV", "chrXIII", "chrXV"), train=None),
+    )
+    assert (config.chrom_names, config.unknown, config.chroms) == ("exact", "error", None)
+    assert (config.tracks[0].overlap, config.tracks[1].missing, config.tracks[0].loss) == (0.5, "zero", None)
+
+
+def test_overrides_replace_keys(tmp_path: Path) -> None:
+    path = written(tmp_path, DESIGN)
+    overrides = ["window.bin=64", "split.valid=[chrI]", "genome=/data/other.fa", "chrom_names=repair"]
+    config = load_dataset_config(path, overrides)
+    assert (config.window.bin, config.split.valid, config.chrom_names) == (64, ("chrI",), "repair")
+    assert config.genome == "/data/other.fa"
+
+
+def test_a_single_exclude_file_needs_no_list(tmp_path: Path) -> None:
+    config = load_dataset_config(written(tmp_path, changed("[mask_repeats.bed]", "mask.bed")))
+    assert config.exclude == (str(tmp_path / "mask.bed"),)
+
+
+def test_chromosomes_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    text = changed("{valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}", "{valid: [8, X], test: [9]}")
+    config = load_dataset_config(written(tmp_path, text + "chroms: [1, 8, X, 9]\n"))
+    assert (config.split.valid, config.split.test) == (("8", "X"), ("9",))
+    assert config.chroms == ("1", "8", "X", "9")
+
+
+def test_the_split_may_be_a_fold_file(tmp_path: Path) -> None:
+    fold = {"train": ["chr2"], "valid": ["chr8", "chr20"], "test": ["chr1"]}
+    (tmp_path / "fold_0.json").write_text(json.dumps(fold))
+    text = changed("{valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}", "fold_0.json")
+    config = load_dataset_config(written(tmp_path, text))
+    assert config.split == SplitConfig(train=("chr2",), valid=("chr8", "chr20"), test=("chr1",))
+
+
+@pytest.mark.parametrize("form", ["$GENOMES/sacCer3.fa.gz", "${GENOMES}/sacCer3.fa.gz"])
+def test_paths_expand_environment_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("GENOMES", "/data/genomes")
+    config = load_dataset_config(written(tmp_path, changed("genome: sacCer3.fa.gz", f"genome: {form}")))
+    assert config.genome == "/data/genomes/sacCer3.fa.gz"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("genome: sacCer3.fa.gz", "genome: $GENOSSM_NO_SUCH/a.fa", "genome"),
+        ("[mask_repeats.bed]", "[$GENOSSM_NO_SUCH/a.bed]", "exclude"),
+        ("file: atac_macs2_peaks.narrowPeak", "file: $GENOSSM_NO_SUCH/a.bed", "track atac_peaks"),
+        ("{valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}", "$GENOSSM_NO_SUCH/fold.json", "split"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_named(tmp_path: Path, old: str, new: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_dataset_config(written(tmp_path, changed(old, new)))
+    message = str(caught.value)
+    assert f": {where}: '$GENOSSM_NO_SUCH/" in message
+    assert "needs the environment variable GENOSSM_NO_SUCH, which is not set" in message
+    assert "export GENOSSM_NO_SUCH=" in message
+
+
+def test_an_empty_or_misspelled_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENOSSM_REALDATA", "")
+    with pytest.raises(ConfigError, match="GENOSSM_REALDATA, which is not set"):
+        expand_variables("$GENOSSM_REALDATA/a.fa", "here")
+    monkeypatch.setenv("GENOSSM_REALDATA", "/data")
+    with pytest.raises(ConfigError, match=r"did you mean \$GENOSSM_REALDATA\?"):
+        expand_variables("$GENOSSM_REALDTA/a.fa", "here")
+    assert expand_variables("$GENOSSM_REALDATA/${GENOSSM_REALDATA}/b", "here") == "/data//data/b"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("genome: sac", "gemome: sac", "unknown key 'gemome'.*did you mean 'genome'"),
+        ("kind: peaks}", "kind: peaks, agregate: sum}", "unknown key 'agregate'.*did you mean 'aggregate'"),
+        ("margin: 16384", "margins: 16384", "unknown key 'margins'.*did you mean 'margin'"),
+        ("valid: [", "vaild: [", "unknown key 'vaild'.*did you mean 'valid'"),
+        ("assembly: sacCer3\n", "", "lacks the key 'assembly'"),
+        ("assembly: sacCer3", "assembly: ''", "assembly is empty"),
+        ("valid: [chrIX, chrXI], ", "", "lacks the key 'valid'"),
+        ("kind: peaks}", "kind: peak}", "is 'peak'; allowed are peaks, signal"),
+        ("aggregate: sum", "aggregate: median", "is 'median'; allowed are mean, sum, max"),
+        ("kind: peaks}", "kind: peaks, overlap: 0}", "overlap 0.0 of track 'atac_peaks'"),
+        ("kind: peaks}", "kind: peaks, overlap: 1.5}", "overlap 1.5 of track 'atac_peaks'"),
+        ("kind: peaks}", "kind: peaks, loss: mse}", "kind peaks, for which 'loss' has no meaning"),
+        ("kind: peaks}", "kind: peaks, missing: mask}", "kind peaks, for which 'missing' has no meaning"),
+        ("aggregate: sum", "overlap: 0.1", "kind signal, for which 'overlap' has no meaning"),
+        ("name: atac_cuts", "name: atac/cuts", "track name 'atac/cuts': it becomes a file name"),
+        ("name: atac_cuts", "name: .hidden", "track name '.hidden'"),
+        ("name: atac_cuts", "name: atac_peaks", "two tracks are called 'atac_peaks'"),
+        ("file: atac_macs2_peaks.narrowPeak", "file: ''", "track 'atac_peaks' has an empty file name"),
+        ("length: 131072", "length: 131000", "must both be multiples of the bin"),
+        ("margin: 16384", "margin: 65536", "leaves 0 bp of target"),
+        ("bin: 32", "bin: 0", "bin of 0 bp"),
+        ("bin: 32", "bin: wide", "is 'wide'; a whole number is needed"),
+        ("test: [chrIV", "test: [chrIX, chrIV", "chromosome 'chrIX' is in valid and test"),
+        ("valid: [chrIX", "valid: [chrIX, chrIX", "chromosome 'chrIX' is in valid twice"),
+        ("valid: [chrIX", "train: [chrXV], valid: [chrIX", "chromosome 'chrXV' is in train and test"),
+        ("valid: [chrIX, chrXI]", "valid: chrIX", "a list is needed"),
+        ("window:", "chroms: []\nwindow:", "chroms is an empty list"),
+        ("window:", "unknown: ignore\nwindow:", "is 'ignore'; allowed are error, skip"),
+    ],
+)
+def test_a_slip_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = written(tmp_path, changed(old, new))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_dataset_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_no_tracks_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, DESIGN)
+    with pytest.raises(ConfigError, match="tracks is empty"):
+        load_dataset_config(path, ["tracks=[]"])
+    with pytest.raises(ConfigError, match=r"tracks is 'peaks\.bed'; a list is needed"):
+        load_dataset_config(path, ["tracks=peaks.bed"])
+
+
+def test_a_missing_yaml_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="cannot read the configuration"):
+        load_dataset_config(tmp_path / "none.yaml")
+
+
+def test_the_shipped_yeast_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENOSSM_REALDATA", "/data")
+    shipped = importlib.resources.files("genossm.configs") / "yeast-dataset.yaml"
+    with importlib.resources.as_file(shipped) as path:
+        config = load_dataset_config(path)
+    assert config.genome == "/data/sacCer3/sacCer3.fa.gz"
+    assert [(track.name, track.kind, track.aggregate, track.loss) for track in config.tracks] == [
+        ("atac_peaks", "peaks", "mean", None),
+        ("atac_regions", "peaks", "mean", None),
+        ("atac_cuts", "signal", "sum", None),
+        ("mnase_occupancy", "signal", "mean", "mse"),
+    ]
+    assert config.split == SplitConfig(valid=("chrIX", "chrXI"), test=("chrIV", "chrXIII", "chrXV"))

@@ -1,0 +1,463 @@
+"""Prediction against an independent per-bin computation, and its promises: grid, gaps, resume, refusals, real genomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pybigtools
+import pyBigWig
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from genossm.errors import ConfigError, DataError, DeviceError
+from genossm.genome import Genome
+from genossm.interval import Interval
+from genossm.models.accessibility import AccessibilityModel, ModelConfig
+from genossm.models.encoder import EncoderConfig
+from genossm.models.heads import TrackHead
+from genossm.models.stem import StemConfig
+from genossm.pipelines import parts as parts_module
+from genossm.pipelines.predict import predict, predict_chromosome
+
+BIN_BP, REACH_BINS = 32, 5
+TRACKS = (TrackHead("gc", "peaks", "bce"), TrackHead("a_count", "signal", "poisson", "sum"))
+
+
+class CountingModel(nn.Module):
+    """GC fraction of the 11 bins around a bin (all bins read no further than the margin), and its number of A."""
+
+    def __init__(self, window_bp: int = 1024, margin_bp: int = 192, fail_after: int | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.tracks, self.bin_bp, self.window_bp, self.margin_bp = TRACKS, BIN_BP, window_bp, margin_bp
+        self.equivariant, self.assembly, self.provenance = True, "tiny", {"seed": 1}
+        self.threshold = {"gc": 0.55}
+        self.windows, self.fail_after = 0, fail_after
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        assert tokens.dtype == torch.int8
+        assert tokens.shape[1] == self.window_bp
+        assert not self.training
+        self.windows += len(tokens)
+        if self.fail_after is not None and self.windows > self.fail_after:
+            raise KeyboardInterrupt
+        bins = tokens.reshape(len(tokens), -1, BIN_BP)
+        gc = ((bins == 1) | (bins == 2)).double().mean(2)
+        gc = functional.avg_pool1d(gc[:, None], 2 * REACH_BINS + 1, 1, REACH_BINS, count_include_pad=True)[
+            :, 0
+        ]
+        a_count = (bins == 0).double().sum(2)
+        return (torch.stack([gc, a_count], 2) * self.scale).float()
+
+
+def expected(genome: Genome, chrom: str) -> npt.NDArray[np.float32]:
+    """The same by plain numpy over the whole chromosome, without windows."""
+    codes = np.array(genome.chromosome(chrom))
+    bins = -(-len(codes) // BIN_BP)
+    real = np.minimum(BIN_BP, len(codes) - np.arange(bins) * BIN_BP)
+    padded = np.full(bins * BIN_BP, 4)
+    padded[: len(codes)] = codes
+    table = padded.reshape(bins, BIN_BP)
+    gc = np.pad(np.isin(table, (1, 2)).mean(1), REACH_BINS)
+    smooth = np.array([gc[i : i + 2 * REACH_BINS + 1].mean() for i in range(bins)])
+    values = np.stack([smooth, (table == 0).sum(1)], 1).astype(np.float32)
+    absent = np.array([(codes[i * BIN_BP : (i + 1) * BIN_BP] == 4).sum() for i in range(bins)])
+    values[2 * absent > real] = np.nan
+    return values
+
+
+def from_bigwig(path: Path, chrom: str, length_bp: int) -> npt.NDArray[np.float32]:
+    """Per-bin values, NaN = gap, equal by two readers; fails unless records are sorted, disjoint, one bin each."""
+    values = np.full(-(-length_bp // BIN_BP), np.nan, dtype=np.float32)
+    with pyBigWig.open(str(path)) as handle:
+        records = handle.intervals(chrom) or ()
+    assert records == tuple(pybigtools.open(str(path)).records(chrom))
+    starts = np.array([start for start, _, _ in records], dtype=np.int64)
+    ends = np.array([end for _, end, _ in records], dtype=np.int64)
+    assert (starts[1:] >= ends[:-1]).all()
+    assert (starts % BIN_BP == 0).all()
+    np.testing.assert_array_equal(ends, np.minimum(starts + BIN_BP, length_bp))
+    values[starts // BIN_BP] = [value for _, _, value in records]
+    return values
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory: pytest.TempPathFactory) -> Genome:
+    """long: N runs that end inside bins and a last bin of 5 bp; short: less than a window; tail: ends in N."""
+    folder = tmp_path_factory.mktemp("genome")
+    random = np.random.default_rng(11)
+    lengths = {"chrLong": 20_005, "chrShort": 100, "chrOne": 3, "chrTail": 3_000}
+    with (folder / "g.fa").open("w") as handle:
+        for chrom, length_bp in lengths.items():
+            bases = random.choice(np.frombuffer(b"ACGT", "S1"), length_bp)
+            if chrom == "chrLong":
+                bases[5_000:9_000] = b"N"  # more than whole windows
+                bases[10_000:10_016] = b"N"
+                bases[10_240:10_256] = b"N"  # exactly half of a bin: no gap
+                bases[10_304:10_321] = b"N"  # one more than half: a gap
+            if chrom == "chrTail":
+                bases[2_500:] = b"N"
+            handle.write(f">{chrom}\n{bases.tobytes().decode()}\n")
+    return Genome(folder / "g.fa")
+
+
+def tiny_model(seed: int = 0, window_bp: int = 2048, margin_bp: int = 512) -> AccessibilityModel:
+    """A real model with random weights, large enough for predictions that differ from bin to bin."""
+    torch.manual_seed(seed)
+    stem = StemConfig(channels=(8, 8, 8, 8))
+    encoder = EncoderConfig(width=16, pattern=("mamba2",), stem=stem, state=8, head_dim=8)
+    tracks = [TrackHead("peaks", "peaks", "bce"), TrackHead("cuts", "signal", "poisson", "sum", mean=2.0)]
+    model = AccessibilityModel(
+        ModelConfig(encoder, head_hidden=16),
+        tracks,
+        window_bp=window_bp,
+        margin_bp=margin_bp,
+        assembly="tiny",
+    )
+    with torch.no_grad():
+        model.heads.output.weight.mul_(50)
+    return model.eval()
+
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path, genome: Genome) -> Run:
+    def call(name: str = "out", model: Any = None, **options: Any) -> Any:
+        return predict(
+            model or CountingModel(), options.pop("genome", genome), tmp_path / name, device="cpu", **options
+        )
+
+    return call
+
+
+def test_whole_genome_equals_a_computation_without_windows(run: Run, genome: Genome) -> None:
+    result = run(hdf5=True)
+    assert [file.name for file in result.files] == ["gc.bw", "a_count.bw", "predictions.h5"]
+    gaps = 0
+    with h5py.File(result.folder / "predictions.h5") as arrays:
+        assert list(arrays.attrs["tracks"]) == ["gc", "a_count"]
+        for chrom, length_bp in genome.lengths.items():
+            truth = expected(genome, chrom)
+            gaps += int(np.isnan(truth[:, 0]).sum())
+            np.testing.assert_allclose(arrays[chrom]["predictions"][:], truth, rtol=1e-6)
+            for track, name in enumerate(("gc", "a_count")):
+                found = from_bigwig(result.folder / f"{name}.bw", chrom, length_bp)
+                np.testing.assert_allclose(found, truth[:, track], rtol=1e-6)
+    with pyBigWig.open(str(result.folder / "gc.bw")) as handle:
+        assert list(handle.chroms().items()) == list(genome.lengths.items())
+    assert gaps > 100
+    assert result.summary["gap_bins"] == gaps
+    assert result.summary["bases"] == sum(genome.lengths.values())
+    assert sorted(path.name for path in result.folder.iterdir()) == [
+        "a_count.bw",
+        "gc.bw",
+        "predictions.h5",
+        "run.json",
+    ]
+
+
+def test_run_json_says_what_was_run(run: Run, genome: Genome) -> None:
+    record = json.loads((run().folder / "run.json").read_text())
+    assert record["genome"]["sha256"] == genome.sha256
+    assert len(record["identity"]["weights_sha256"]) == 64
+    assert (record["mode"], record["bin_bp"], record["strands"]) == ("windows", 32, "equivariant")
+    assert {"genossm", "torch", "numpy"} <= set(record["versions"])
+    assert record["device"].startswith("CPU")
+    assert record["model"]["provenance"] == {"seed": 1}
+
+
+def test_windows_of_n_never_reach_the_model(genome: Genome) -> None:
+    model = CountingModel(window_bp=1024, margin_bp=192)
+    predict_chromosome(model, genome, "chrLong", batch_size=3)
+    assert 0 < model.windows < -(-20_005 // 640)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, None), (0, 1), (4_000, 9_500), (20_000, 20_005), (33, 640)])
+def test_a_range_equals_the_same_bins_of_the_chromosome(genome: Genome, start: int, end: int | None) -> None:
+    done: list[int] = []
+    values = predict_chromosome(
+        CountingModel(), genome, "chrLong", batch_size=5, start=start, end=end, progress=done.append
+    )
+    stop = -(-(20_005 if end is None else end) // BIN_BP)
+    np.testing.assert_allclose(values, expected(genome, "chrLong")[start // BIN_BP : stop], rtol=1e-6)
+    assert sum(done) >= (20_005 if end is None else end) - start
+
+
+def test_a_real_model_does_not_depend_on_the_batch_size(genome: Genome) -> None:
+    model = tiny_model()
+    one = predict_chromosome(model, genome, "chrLong", batch_size=1)
+    assert np.nanstd(one[:, 0]) > 5e-4  # far above the tolerance
+    for batch_size in (2, 7, 64):
+        many = predict_chromosome(model, genome, "chrLong", batch_size=batch_size)
+        np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+
+
+def test_a_real_model_sees_its_window_and_both_strands(genome: Genome) -> None:
+    model = tiny_model()
+    values = predict_chromosome(model, genome, "chrTail", batch_size=2)
+    tokens = torch.from_numpy(genome.window("chrTail", 1024 - 512, 1024 - 512 + 2048))[None]
+    direct = model.predict(tokens)[0, 16:48].numpy()
+    np.testing.assert_allclose(values[32:64], direct, rtol=0, atol=1e-5)
+
+
+def test_regions_and_bed_are_bins_of_the_whole(run: Run, genome: Genome, tmp_path: Path) -> None:
+    whole = expected(genome, "chrLong")[:, 0]
+    bed = tmp_path / "x.bed"
+    bed.write_text("track name=x\nchrLong\t100\t200\nchrLong\t15000\t15001\nchrTail\t0\t64\nchrUn_1\t5\t9\n")
+    by_bed = run("bed", bed=bed)
+    same = ["chrTail:0-64", Interval("chrLong", 100, 200), "chrLong:15,000-15,001"]
+    by_region = run("regions", regions=same)
+    assert (by_bed.folder / "gc.bw").read_bytes() == (by_region.folder / "gc.bw").read_bytes()
+    wanted = np.zeros(whole.size, dtype=bool)
+    wanted[[3, 4, 5, 6, 468]] = True
+    found = from_bigwig(by_bed.folder / "gc.bw", "chrLong", 20_005)
+    np.testing.assert_allclose(found, np.where(wanted, whole, np.nan), rtol=1e-6)
+    assert by_bed.summary["bins"] == 7
+    with pyBigWig.open(str(by_bed.folder / "gc.bw")) as handle:
+        assert handle.chroms() == genome.lengths
+        assert handle.intervals("chrShort") is None
+
+
+def test_chromosomes_by_name(run: Run, genome: Genome) -> None:
+    result = run(chroms=["chrTail", "chrShort"])
+    for chrom in ("chrShort", "chrTail"):
+        found = from_bigwig(result.folder / "a_count.bw", chrom, genome.lengths[chrom])
+        np.testing.assert_allclose(found, expected(genome, chrom)[:, 1])
+    assert np.isnan(from_bigwig(result.folder / "a_count.bw", "chrLong", 20_005)).all()
+
+
+def test_sequences_give_arrays(run: Run, tmp_path: Path) -> None:
+    fasta = tmp_path / "s.fa"
+    fasta.write_text(">first insert\n" + "ACGT" * 25 + "\n>second\n" + "GGCC" * 900 + "\n")
+    result = run("sequences", genome=None, sequences=fasta)
+    assert [file.name for file in result.files] == ["sequences.h5"]
+    records = Genome(fasta)
+    with h5py.File(result.folder / "sequences.h5") as arrays:
+        assert sorted(arrays) == ["first", "second"]
+        for name in records.names:
+            np.testing.assert_allclose(arrays[name]["predictions"][:], expected(records, name), rtol=1e-6)
+
+
+def test_called_regions(run: Run, genome: Genome) -> None:
+    result = run(call_peaks=True)
+    assert result.summary["tracks"]["gc"]["threshold"] == 0.55
+    lower = run("lower", call_peaks=True, threshold=0.5)
+    rows = [line.split("\t") for line in (lower.folder / "gc.narrowPeak").read_text().splitlines()]
+    assert len(rows) == lower.summary["tracks"]["gc"]["regions"] > result.summary["tracks"]["gc"]["regions"]
+    covered = np.zeros(20_005, dtype=bool)
+    for chrom, start, end, *_ in rows:
+        if chrom == "chrLong":
+            covered[int(start) : int(end)] = True
+    above = np.repeat(expected(genome, "chrLong")[:, 0] >= np.float32(0.5), BIN_BP)[:20_005]
+    np.testing.assert_array_equal(covered, above)
+
+
+def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 4)
+    whole = CountingModel()
+    unbroken = run("unbroken", whole, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", CountingModel(fail_after=14), batch_size=2)
+    parts = list((tmp_path / "broken" / ".parts").glob("*.npy"))
+    assert parts
+    assert not list((tmp_path / "broken").glob("*.bw"))
+    with pytest.raises(DataError, match="unfinished prediction of another model"):
+        run("broken", CountingModel(window_bp=2048))
+    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 9)  # the run keeps the parts it has
+    rest = CountingModel()
+    resumed = run("broken", rest, batch_size=3)
+    assert "is damaged; computing it again" in capsys.readouterr().err
+    assert rest.windows < whole.windows
+    assert not (tmp_path / "broken" / ".parts").exists()
+    for name in ("gc.bw", "a_count.bw"):
+        assert (resumed.folder / name).read_bytes() == (unbroken.folder / name).read_bytes()
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_predict import CountingModel, parts_module, predict
+parts_module.WINDOWS_PER_PART = 2
+class Slow(CountingModel):
+    def predict(self, tokens):
+        time.sleep(0.05)
+        return super().predict(tokens)
+predict(Slow(), {genome!r}, {out!r}, device="cpu", batch_size=1)
+"""
+
+
+def test_a_killed_process_leaves_parts_that_the_next_one_uses(
+    run: Run, genome: Genome, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    program = KILLED.format(tests=str(Path(__file__).parent), genome=str(genome.path), out=str(out))
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob(".parts/*.npy"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+    assert len(list(out.glob(".parts/*.npy"))) >= 3
+    rest = CountingModel()
+    resumed = run("killed", rest)
+    whole = CountingModel()
+    unbroken = run("unbroken", whole)
+    assert rest.windows < whole.windows
+    for name in ("gc.bw", "a_count.bw"):
+        assert (resumed.folder / name).read_bytes() == (unbroken.folder / name).read_bytes()
+
+
+def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(call_peaks=True)
+    again = CountingModel()
+    assert run(model=again, call_peaks=True) == first
+    assert again.windows == 0
+    assert "already holds this prediction" in capsys.readouterr().err
+    more = run(hdf5=True)  # same values, other files
+    assert sorted(path.name for path in more.folder.iterdir()) == [
+        "a_count.bw",
+        "gc.bw",
+        "predictions.h5",
+        "run.json",
+    ]
+    other = CountingModel()
+    with torch.no_grad():
+        other.scale.mul_(2)
+    before = (first.folder / "gc.bw").read_bytes()
+    for options in ({"model": other}, {"chroms": ["chrShort"]}, {"model": CountingModel(window_bp=2048)}):
+        with pytest.raises(DataError, match="another model, genome or selection: choose another folder"):
+            run(**options)
+    assert (first.folder / "gc.bw").read_bytes() == before
+    replaced = run(model=other, force=True)
+    assert (first.folder / "gc.bw").read_bytes() != before
+    assert sorted(path.name for path in replaced.folder.iterdir()) == ["a_count.bw", "gc.bw", "run.json"]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "gc.bw").write_text("mine")
+    with pytest.raises(DataError, match=r"already has gc\.bw"):
+        run("foreign")
+    assert (tmp_path / "foreign" / "gc.bw").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regions": ["Long:0-100"]}, r"the region 'Long:0-100' names Long, .*: write chrLong for Long"),
+        ({"regions": ["chr9:0-100"]}, r"names chr9, which the genome does not have"),
+        ({"regions": [Interval("Long", 0, 5)]}, r"write chrLong for Long"),
+        ({"regions": ["chrShort:0-101"]}, r"past the end of chrShort"),
+        ({"regions": [Interval("chrShort", -5, 5)]}, r"does not lie inside chrShort \(0-100\)"),
+        ({"regions": ["nonsense"]}, r"'nonsense' is no region"),
+        ({"regions": ["chrShort:7-7"]}, r"nothing to predict"),
+        ({"chroms": ["chrLong", "tail"]}, r"names tail, which the genome does not have"),
+        ({"chroms": ["chrOne"], "regions": None, "bed": None, "genome": "all_n"}, r"every bin is a gap"),
+    ],
+)
+def test_names_and_regions_that_do_not_fit(
+    run: Run, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    if options.get("genome") == "all_n":
+        (tmp_path / "n.fa").write_text(">chrOne\nNNNNNNNN\n")
+        options = options | {"genome": tmp_path / "n.fa"}
+    with pytest.raises(DataError, match=message):
+        run(**options)
+    assert not list((tmp_path / "out").glob("*.bw"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("Long\t0\t50", "write chrLong for Long"),
+        ("chrShort\t200\t300", "another assembly"),
+        ("chrOne\t2\t2", "zero|0 bp|no "),
+    ],
+)
+def test_bed_rows_that_do_not_fit(run: Run, tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "x.bed").write_text(row + "\n")
+    with pytest.raises(DataError, match=message):
+        run(bed=tmp_path / "x.bed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "chromosome"}, "allowed is windows"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threshold": 0.5}, "no regions are called"),
+        ({"threshold": 7.0, "call_peaks": True}, "between 0 and 1"),
+        ({"genome": None}, "neither a genome nor sequences"),
+        ({"sequences": "x.fa"}, "no coordinates"),
+        ({"chroms": ["chrOne"], "regions": ["chrTail"]}, "either whole chromosomes or regions"),
+    ],
+)
+def test_options_that_contradict_each_other(run: Run, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(**options)
+
+
+def test_no_silent_cpu(genome: Genome, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(DeviceError, match="--device cpu"):
+        predict(CountingModel(), genome, tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_gives_nan_is_an_error(run: Run) -> None:
+    model = CountingModel()
+    with torch.no_grad():
+        model.scale.fill_(torch.nan)
+    with pytest.raises(DataError, match="the model gave NaN"):
+        run(model=model)
+
+
+@pytest.mark.realdata
+def test_yeast_chromosome(realdata: Path, tmp_path: Path) -> None:
+    genome = Genome(realdata / "sacCer3" / "sacCer3.fa.gz", cache_dir=tmp_path)
+    model = tiny_model(window_bp=131_072, margin_bp=16_384)
+    result = predict(model, genome, tmp_path / "out", chroms=["chrIV"], device="cpu", batch_size=2)
+    sizes = dict(
+        line.split("\t") for line in (realdata / "sacCer3" / "sacCer3.chrom.sizes").read_text().splitlines()
+    )
+    lengths = {chrom: int(size) for chrom, size in sizes.items()}
+    values = predict_chromosome(model, genome, "chrIV", batch_size=3)
+    assert not np.isnan(values).any()
+    assert lengths["chrIV"] % BIN_BP != 0
+    for index, name in enumerate(("peaks", "cuts")):
+        with pyBigWig.open(str(result.folder / f"{name}.bw")) as handle:
+            assert handle.chroms() == lengths
+            assert handle.header()["nBasesCovered"] == lengths["chrIV"]
+        assert pybigtools.open(str(result.folder / f"{name}.bw")).chroms() == lengths
+        found = from_bigwig(result.folder / f"{name}.bw", "chrIV", lengths["chrIV"])
+        np.testing.assert_allclose(found, values[:, index], rtol=0, atol=1e-5)
+
+
+@pytest.mark.realdata
+def test_human_slice_with_its_n_runs(realdata: Path, tmp_path: Path) -> None:
+    genome = Genome(realdata / "hg38_chr1_1m" / "hg38_chr1_0-1000000.fa.gz", cache_dir=tmp_path)
+    model = tiny_model(window_bp=65_536, margin_bp=8_192)
+    result = predict(model, genome, tmp_path / "out", device="cpu", batch_size=2)
+    found = from_bigwig(result.folder / "peaks.bw", "chr1", 1_000_000)
+    absent = (np.array(genome.chromosome("chr1")) == 4).reshape(-1, BIN_BP).sum(1) * 2 > BIN_BP
+    assert 0.15 < absent.mean() < 0.18
+    np.testing.assert_array_equal(np.isnan(found), absent)
+    assert result.summary["gap_bins"] == absent.sum()

@@ -1,0 +1,222 @@
+"""The SSD scan: every backend against the step-by-step recurrence, outputs and every gradient.
+
+Tolerances are relative to the largest element: float64 1e-12, float32 2e-5, bfloat16 3e-2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genossm.kernels.ssd import ssd
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    states: tuple[Tensor, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.x, self.dt, self.A, self.B, self.C, self.D, *self.states]
+
+
+def make(
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    separate: bool = False,
+    groups: int = 2,
+    wide_D: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    batch, heads, head_dim, state = 2, 4, 3, 5
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    directions = (2,) if separate else ()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dt = torch.rand(batch, length, heads, *directions, generator=random, dtype=torch.float64)
+    A = -torch.rand(heads, *directions, generator=random, dtype=torch.float64) - 0.05
+    inputs = Inputs(
+        normal(batch, length, heads, head_dim).to(dtype),
+        dt.to(wide),
+        A.to(wide),
+        normal(batch, length, groups, state).to(dtype),
+        normal(batch, length, groups, state).to(dtype),
+        normal(*((heads, head_dim) if wide_D else (heads,))).to(wide),
+        (
+            normal(batch, heads, head_dim, state).to(wide),
+            normal(batch, heads, head_dim, state).to(wide),
+        ),
+    )
+    for tensor in inputs.tensors():
+        tensor.requires_grad_()
+    return inputs
+
+
+def run(inputs: Inputs, direction: str, **options: Any) -> list[Tensor]:
+    """y, final states and the gradient of a random function of them by every input."""
+    initial: Any = inputs.states if direction == "both" else inputs.states[0]
+    y, finals = ssd(
+        inputs.x,
+        inputs.dt,
+        inputs.A,
+        inputs.B,
+        inputs.C,
+        inputs.D,
+        initial_state=initial,
+        return_final_state=True,
+        direction=direction,
+        **options,
+    )
+    outputs = [y, *(finals if direction == "both" else (finals,))]
+    random = torch.Generator().manual_seed(9)
+    loss = sum(
+        (output.double() * torch.randn(output.shape, generator=random, dtype=torch.float64)).sum()
+        for output in outputs
+    )
+    wanted = inputs.tensors() if direction == "both" else inputs.tensors()[:-1]
+    return [*outputs, *torch.autograd.grad(loss, wanted)]
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    truth = expected.detach().double()
+    return float((got.detach().double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(1, 4), (15, 16), (16, 16), (17, 16), (63, 8), (67, 1), (139, 2)]
+)
+def test_chunked_form_equals_the_recurrence(length: int, chunk: int, direction: str) -> None:
+    inputs = make(length, seed=length)
+    expected = run(inputs, direction, backend="reference")
+    got = run(inputs, direction, backend="torch", chunk_size=chunk)
+    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("separate", "groups", "wide_D"), [(False, 1, True), (True, 4, False)])
+def test_both_directions_in_every_dtype(
+    dtype: torch.dtype, separate: bool, groups: int, wide_D: bool
+) -> None:
+    inputs = make(75, dtype=dtype, separate=separate, groups=groups, wide_D=wide_D)
+    double = make(75, separate=separate, groups=groups, wide_D=wide_D)
+    for wide, narrow in zip(double.tensors(), inputs.tensors(), strict=True):
+        wide.data.copy_(narrow.data)
+    expected = run(double, "both", backend="reference")
+    got = run(inputs, "both", chunk_size=32)
+    assert got[0].dtype == dtype
+    assert got[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_reverse_is_flip_scan_flip_and_both_is_the_sum(backend: str) -> None:
+    inputs = make(50, separate=True)
+    x, B, C = inputs.x, inputs.B, inputs.C
+    dt, A = inputs.dt, inputs.A
+    forward = ssd(x, dt[..., 0], A[:, 0], B, C, backend=backend)
+    flipped = ssd(x.flip(1), dt[..., 1].flip(1), A[:, 1], B.flip(1), C.flip(1), backend=backend)
+    reverse = ssd(x, dt[..., 1], A[:, 1], B, C, direction="reverse", backend=backend)
+    both = ssd(x, dt, A, B, C, inputs.D, direction="both", backend=backend)
+    assert isinstance(forward, Tensor) and isinstance(flipped, Tensor)
+    assert isinstance(reverse, Tensor) and isinstance(both, Tensor)
+    assert relative(reverse, flipped.flip(1)) < 1e-12
+    assert relative(both, forward + reverse + inputs.D[:, None] * x) < 1e-12
+
+
+def test_a_split_sequence_with_carried_state_equals_the_whole() -> None:
+    inputs = make(100)
+    x, dt, A, B, C = inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C
+    whole, end = ssd(x, dt, A, B, C, return_final_state=True)
+    first, middle = ssd(x[:, :37], dt[:, :37], A, B[:, :37], C[:, :37], return_final_state=True)
+    second, final = ssd(
+        x[:, 37:], dt[:, 37:], A, B[:, 37:], C[:, 37:], initial_state=middle, return_final_state=True
+    )
+    assert isinstance(end, Tensor) and isinstance(final, Tensor)
+    assert relative(torch.cat([first, second], 1), whole) < 1e-12
+    assert relative(final, end) < 1e-12
+
+
+@pytest.mark.parametrize("step", [1e-6, 50.0])
+def test_extreme_steps_stay_finite_with_finite_gradients(step: float) -> None:
+    inputs = make(70, dtype=torch.float32)
+    inputs.dt.data.fill_(step)
+    results = run(inputs, "both", chunk_size=16)
+    assert all(torch.isfinite(result).all() for result in results)
+    double = make(70)
+    double.dt.data.fill_(step)
+    expected = run(double, "both", backend="reference")
+    assert relative(results[0], expected[0]) < 2e-5
+
+
+def test_views_that_are_not_contiguous_give_the_same() -> None:
+    inputs = make(40)
+    packed = torch.randn(2, 40, 4 * 3 + 7, dtype=torch.float64)
+    packed[..., 7:] = inputs.x.detach().flatten(2)
+    view = packed[..., 7:].unflatten(-1, (4, 3))
+    straight = ssd(inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C)
+    strided = ssd(view, inputs.dt, inputs.A, inputs.B, inputs.C)
+    assert isinstance(straight, Tensor) and isinstance(strided, Tensor)
+    assert torch.equal(strided, straight)
+
+
+def test_autocast_leaves_float32_inputs_at_float32_accuracy() -> None:
+    inputs = make(64, dtype=torch.float32)
+    expected = run(inputs, "both")[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ssd(
+            inputs.x,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            inputs.D,
+            initial_state=inputs.states,
+            direction="both",
+        )
+    assert isinstance(got, Tensor) and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"direction": "sideways"}, "direction is 'sideways'"),
+        ({"backend": "triton"}, "allowed are 'auto', 'torch' and 'reference'"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"x": torch.zeros(2, 0, 4, 3)}, "length >= 1"),
+        ({"x": torch.zeros(2, 8, 4, 3, dtype=torch.int32)}, "floating-point"),
+        ({"dt": torch.zeros(2, 8, 4, 2)}, "dt has shape (2, 8, 4, 2)"),
+        ({"A": torch.zeros(3)}, "A has shape (3,)"),
+        ({"B": torch.zeros(2, 8, 3, 5)}, "groups dividing the 4 heads"),
+        ({"C": torch.zeros(2, 8, 2, 6)}, "C has shape"),
+        ({"D": torch.zeros(4, 4)}, "D has shape (4, 4)"),
+        ({"initial_state": torch.zeros(2, 4, 3, 4)}, "initial_state has shape"),
+        ({"initial_state": torch.zeros(2, 4, 3, 5), "direction": "both"}, "not a pair"),
+    ],
+)
+def test_what_does_not_fit_is_told(change: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(2, 8, 4, 3),
+        "dt": torch.zeros(2, 8, 4),
+        "A": torch.zeros(4),
+        "B": torch.zeros(2, 8, 2, 5),
+        "C": torch.zeros(2, 8, 2, 5),
+    }
+    with pytest.raises(ValueError) as caught:
+        ssd(**{**arguments, **change})
+    assert words in str(caught.value)

@@ -1,0 +1,234 @@
+"""Training: what a run leaves behind, that it learns, resumes to the same curve, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import genossm as gs
+from genossm.dataset import PreparedDataset
+from genossm.errors import CheckpointError, ConfigError
+from genossm.pipelines.train import track_heads
+from genossm.pipelines.training_module import parameter_groups
+from genossm.run_config import TrainConfig, load_run_config
+
+TINY = """\
+model:
+  encoder:
+    width: 16
+    pattern: [mamba2]
+    stem: {channels: [16, 16], pool: [8, 4], first_kernel: 9, kernel: 3}
+    state: 8
+    head_dim: 16
+    dropout: 0.1
+  head_hidden: 16
+train: {epochs: 4, windows_per_epoch: 16, batch_size: 4, learning_rate: 5.0e-3, ema_decay: 0.8, workers: 0, loggers: [csv]}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without the wall time."""
+    with (folder / "metrics.csv").open() as table:
+        return [
+            {key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(table)
+        ]
+
+
+def test_a_run_leaves_a_model_metrics_and_provenance(
+    config: Path, tiny_prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = gs.train(
+        config, tiny_prepared, tmp_path / "run", device="cpu", overrides=["train.loggers=[csv, tensorboard]"]
+    )
+    errors = capsys.readouterr().err
+    assert errors.startswith("device: CPU") and "windows/s" in errors and "Mbp/s" in errors
+    names = {path.name for path in run.path.iterdir()}
+    assert names == {
+        "config.yaml",
+        "last.ckpt",
+        "metrics.csv",
+        "model.safetensors",
+        "provenance.json",
+        "tensorboard",
+    }
+    assert list((run.path / "tensorboard").glob("events*"))
+    table = rows(run.path)
+    assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]
+    assert all(math.isfinite(float(row["train/loss"])) for row in table)
+    scores = [float(row["valid/auprc"]) for row in table]
+    assert run.best_score == pytest.approx(max(scores), rel=1e-6)
+    assert run.best_epoch == scores.index(max(scores))
+    assert load_run_config(run.path / "config.yaml").train.epochs == 4
+    model = run.load()
+    assert [track.name for track in model.tracks] == ["peaks", "signal"]
+    assert (model.window_bp, model.margin_bp, model.assembly) == (4096, 512, "tiny")
+    record = json.loads((run.path / "provenance.json").read_text())
+    for provenance in (record, model.provenance):
+        assert provenance["versions"]["genossm"] == gs.__version__
+        assert provenance["splits"]["valid"] == ["chrB"] and provenance["seed"] == 1
+    assert model.provenance["epoch"] == run.best_epoch
+
+
+def test_the_saved_model_is_the_one_that_was_validated(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    run = gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=["train.epochs=2"])
+    table = gs.evaluate(run.path, tiny_prepared, split="valid", device="cpu").set_index("track")
+    best = rows(run.path)[run.best_epoch]
+    # validation reads one strand, evaluate the mean of both
+    assert table.loc["peaks", "auprc"] == pytest.approx(float(best["valid/peaks/auprc"]), abs=0.1)
+
+
+def test_training_learns(config: Path, tiny_prepared: Path, tmp_path: Path) -> None:
+    gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=["train.epochs=12"])
+    losses = [float(row["train/loss"]) for row in rows(tmp_path / "run")]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        gs.train(
+            config, tiny_prepared, tmp_path / name, device="cpu", seed=seed, overrides=["train.epochs=2"]
+        )
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_to_the_same_curve(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    overrides = ["--set", "train.epochs=8", "--set", "train.windows_per_epoch=40"]
+    arguments = ["train", str(config), "--dataset", str(tiny_prepared), "--device", "cpu", *overrides]
+    command = [sys.executable, "-m", "genossm.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    with subprocess.Popen(
+        [*command, "-o", str(broken)], stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (broken / "last.ckpt").exists() or len(rows(broken)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.1)  # into the next epoch
+        process.send_signal(signal.SIGKILL)
+    assert len(rows(broken)) < 8
+    subprocess.run(
+        [*command, "-o", str(broken), "--resume"], check=True, capture_output=True, env=environment
+    )
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True, env=environment)
+    assert rows(broken) == rows(whole) and len(rows(whole)) == 8
+    weights = []
+    for folder in (broken, whole):
+        with safe_open(folder / "model.safetensors", framework="pt") as stored:
+            weights.append({name: stored.get_tensor(name) for name in stored.keys()})
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_resume_before_the_first_epoch_starts_anew_and_after_the_last_changes_nothing(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    settings = ["train.epochs=2"]
+    run = gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", resume=True, overrides=settings)
+    before = rows(run.path)
+    again = gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", resume=True, overrides=settings)
+    assert rows(run.path) == before and again.best_epoch == run.best_epoch
+
+
+def test_runs_are_not_overwritten_or_mixed(config: Path, tiny_prepared: Path, tmp_path: Path) -> None:
+    settings = ["train.epochs=1"]
+    gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=settings)
+    with pytest.raises(CheckpointError, match="--resume"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=settings)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        gs.train(
+            config, tiny_prepared, tmp_path / "run", device="cpu", resume=True, overrides=["train.epochs=2"]
+        )
+    other = tmp_path / "other"
+    gs.prepare(
+        Path(PreparedDataset(tiny_prepared).config["genome"]).parent / "dataset.yaml",
+        other,
+        overrides=["split.valid=[chrC]", "split.test=[chrB]"],
+    )
+    with pytest.raises(CheckpointError, match="another dataset"):
+        gs.train(config, other, tmp_path / "run", device="cpu", resume=True, overrides=settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.encoder.stem.pool=[8, 8]", "the model's bins are 64 bp and the dataset's 32 bp"),
+        ("train.window_bp=1000", "does not fit bins"),
+        ("train.track_weights={peak: 1}", "track_weights names peak; the dataset's tracks are peaks, signal"),
+        ("train.batch_size=16", None),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_dataset_is_told(
+    config: Path, tiny_prepared: Path, tmp_path: Path, override: str, words: str | None
+) -> None:
+    overrides = ["train.epochs=1", override]
+    if words is None:
+        overrides += ["train.windows_per_epoch=null"]
+        words = "batch_size is 16 and an epoch has"
+    with pytest.raises(ConfigError, match=words):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=overrides)
+
+
+def test_heads_take_statistics_of_training_bins_alone(tiny_prepared: Path) -> None:
+    data = PreparedDataset(tiny_prepared)
+    head = track_heads(data)[1]
+    keep = data.mask("chrA")[:, 1] != 0
+    values = data.targets("chrA")[keep, 1].astype(float)
+    assert (head.loss, head.aggregate) == ("poisson", "sum")
+    assert head.mean == pytest.approx(values.mean()) and head.std == pytest.approx(values.std())
+
+
+def test_parameters_of_the_recurrence_norms_and_biases_are_not_decayed(
+    config: Path, tiny_prepared: Path
+) -> None:
+    from genossm.models.accessibility import AccessibilityModel
+
+    run_config = load_run_config(config)
+    model = AccessibilityModel(
+        run_config.model, track_heads(PreparedDataset(tiny_prepared)), window_bp=4096, margin_bp=512
+    )
+    settings = TrainConfig(learning_rate=1e-3, ssm_rate=0.5, weight_decay=0.1)
+    decayed, plain, ssm = parameter_groups(model, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == ssm["weight_decay"] == 0
+    assert ssm["lr"] == 5e-4
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in ssm["params"]} == {"A_log", "dt_bias", "D"}
+    assert all("norm" not in names[id(p)] and not names[id(p)].endswith("bias") for p in decayed["params"])
+    assert sum(len(group["params"]) for group in (decayed, plain, ssm)) == len(names)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_a_sentence(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genossm.models.heads import TrackHeads
+
+    original = TrackHeads.losses
+    monkeypatch.setattr(
+        TrackHeads, "losses", lambda self, *args, **options: original(self, *args, **options) * math.inf
+    )
+    with pytest.raises(FloatingPointError, match="lower train.learning_rate"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
