@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,7 @@ from genossm.interval import merge
 
 _NARROWPEAK_COLUMNS = 10
 _HEADER_WORDS = {"track", "browser"}
+_BLOCK_ROWS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +133,6 @@ class Annotations:
                 "chrom": frame["Chromosome"].astype(str) if rows else [],
                 "start": frame["Start"].to_numpy(np.int64) if rows else [],
                 "end": frame["End"].to_numpy(np.int64) if rows else [],
-                "offset": -1,
                 "score": pd.to_numeric(frame["Score"], errors="coerce") if "Score" in frame else np.nan,
                 "strand": frame["Strand"].astype(str) if "Strand" in frame else ".",
             }
@@ -205,27 +208,30 @@ def read_annotations(path: str | os.PathLike[str]) -> Annotations:
     path = Path(path)
     with open_bytes(path) as stream:
         content = stream.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")  # names in old files; coordinates are checked below all the same
-    if "\0" in text:
+    if b"\0" in content:
         raise DataError(f"{path} is a binary file: give BED, narrowPeak or broadPeak text, plain or gzip")
-    oddities = {"header_lines": 0, "blank_lines": 0}
+    oddities: Counter[str] = Counter()
+    blocks = [_columns(path, *block) for block in _row_blocks(path, content, oddities)]
+    shared = [name for name in blocks[0] if all(name in block for block in blocks)]
+    table = pd.DataFrame({name: np.concatenate([block[name] for block in blocks]) for name in shared})
+    return _from_table(path, table, oddities)
+
+
+def _row_blocks(
+    path: Path, content: bytes, oddities: Counter[str]
+) -> Iterator[tuple[list[list[str]], list[int]]]:
+    """Fields and line numbers of the rows, many at a time: a row as a list of texts needs half a kilobyte.
+
+    At least one block comes, be it empty. Header and blank lines are counted in `oddities`.
+    """
     rows: list[list[str]] = []
     numbers: list[int] = []
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if lines[-1] == "":
-        del lines[-1]  # what split leaves behind the last line end
-    for number, line in enumerate(lines, start=1):
+    first = True
+    for number, line in enumerate(_lines(content), start=1):
         fields = line.split("\t") if "\t" in line else line.split()
-        if not fields or not line.strip():
+        if not line.strip():
             oddities["blank_lines"] += 1
-        elif (
-            line.startswith("#")
-            or fields[0].split(" ", 1)[0] in _HEADER_WORDS
-            or (not rows and _is_column_names(fields))
-        ):
+        elif _is_header(fields) or (first and _is_column_names(fields)):
             oddities["header_lines"] += 1
         elif len(fields) < 3 or not fields[0].strip():
             raise DataError(
@@ -233,9 +239,29 @@ def read_annotations(path: str | os.PathLike[str]) -> Annotations:
                 "start and end, parted by tabs"
             )
         else:
+            first = False
             rows.append(fields)
             numbers.append(number)
-    return _from_table(path, _to_table(path, rows, numbers), oddities)
+            if len(rows) == _BLOCK_ROWS:
+                yield rows, numbers
+                rows, numbers = [], []
+    yield rows, numbers
+
+
+def _lines(content: bytes) -> Iterator[str]:
+    """The lines without their ends, which may be those of any system."""
+    try:
+        content.decode("utf-8")
+        encoding = "utf-8-sig"
+    except UnicodeDecodeError:
+        encoding = "latin-1"  # names in old files; coordinates are checked all the same
+    with io.TextIOWrapper(io.BytesIO(content), encoding=encoding) as text:
+        for line in text:
+            yield line.rstrip("\n")
+
+
+def _is_header(fields: list[str]) -> bool:
+    return fields[0].startswith("#") or fields[0].split(" ", 1)[0] in _HEADER_WORDS
 
 
 def _is_column_names(fields: list[str]) -> bool:
@@ -246,55 +272,55 @@ def _is_column_names(fields: list[str]) -> bool:
     )
 
 
-def _to_table(path: Path, rows: list[list[str]], numbers: list[int]) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "chrom": [row[0].strip() for row in rows],
-            "start": _whole_numbers(path, rows, numbers, 1, "start"),
-            "end": _whole_numbers(path, rows, numbers, 2, "end"),
-            "offset": _summit_offsets(path, rows, numbers),
-            "score": pd.to_numeric(
-                pd.Series([_field(row, 4) for row in rows], dtype=object), errors="coerce"
-            ),
-            "strand": [_field(row, 5).strip() for row in rows],
-            "row": ["\t".join(row) for row in rows],
-        }
-    )
-    backwards = (table["end"] < table["start"]).to_numpy() | (
-        (table["start"] < 0) & (table["end"] <= 0)
-    ).to_numpy()
-    if backwards.any():
-        row = int(np.argmax(backwards))
+def _columns(path: Path, rows: list[list[str]], numbers: list[int]) -> dict[str, npt.NDArray[Any]]:
+    """The columns of some rows; "offset" is left out where they call no summits.
+
+    "row" stands for all that a row says: two that agree in it and in their coordinates are alike.
+    """
+    starts = _whole_numbers(path, rows, numbers, 1, "start")
+    ends = _whole_numbers(path, rows, numbers, 2, "end")
+    impossible = (ends < starts) | ((starts < 0) & (ends <= 0))
+    if impossible.any():
+        row = int(np.argmax(impossible))
         raise DataError(
-            f"{path}, line {numbers[row]}: the interval "
-            f"{rows[row][0]}:{table['start'][row]}-{table['end'][row]} is impossible: "
-            "give 0 <= start <= end (0-based, half-open)"
+            f"{path}, line {numbers[row]}: the interval {rows[row][0]}:{starts[row]}-{ends[row]} is "
+            "impossible: give 0 <= start <= end (0-based, half-open)"
         )
-    return table
+    columns: dict[str, npt.NDArray[Any]] = {
+        "chrom": np.array([sys.intern(row[0].strip()) for row in rows], dtype=object),
+        "start": starts,
+        "end": ends,
+        "score": _numbers([_field(row, 4) for row in rows]),
+        "strand": np.array([sys.intern(_field(row, 5).strip()) for row in rows], dtype=object),
+        "row": np.array([hash(tuple(row)) for row in rows], dtype=np.int64),
+    }
+    offsets = _summit_offsets(path, rows, numbers)
+    return columns if offsets is None else {**columns, "offset": offsets}
 
 
 def _field(row: list[str], column: int) -> str:
     return row[column] if len(row) > column else ""
 
 
-def _summit_offsets(path: Path, rows: list[list[str]], numbers: list[int]) -> npt.NDArray[np.int64]:
-    """Offset of each row's summit from its start, -1 where none is called."""
-    if all(len(row) == _NARROWPEAK_COLUMNS for row in rows):
-        try:
-            return _whole_numbers(path, rows, numbers, _NARROWPEAK_COLUMNS - 1, "summit")
-        except DataError:
-            if "narrowpeak" in path.name.lower():
-                raise
-    return np.full(len(rows), -1, dtype=np.int64)  # other tables keep other things in column 10
+def _summit_offsets(
+    path: Path, rows: list[list[str]], numbers: list[int]
+) -> npt.NDArray[np.int64] | None:
+    """Offset of each row's summit from its start, -1 where none is called; None in files of another kind."""
+    if not all(len(row) == _NARROWPEAK_COLUMNS for row in rows):
+        return None
+    try:
+        return _whole_numbers(path, rows, numbers, _NARROWPEAK_COLUMNS - 1, "summit")
+    except DataError:
+        if "narrowpeak" in path.name.lower():
+            raise
+    return None  # other tables keep other things in column 10
 
 
 def _whole_numbers(
     path: Path, rows: list[list[str]], numbers: list[int], column: int, what: str
 ) -> npt.NDArray[np.int64]:
     """One column as int64; "1e+05", which R writes, is whole too."""
-    values = pd.to_numeric(pd.Series([row[column] for row in rows], dtype=object), errors="coerce").to_numpy(
-        np.float64
-    )
+    values = _numbers([row[column] for row in rows])
     whole = np.isfinite(values) & (np.abs(values) < 2**53)
     whole[whole] = values[whole] == np.floor(values[whole])
     if not whole.all():
@@ -303,12 +329,17 @@ def _whole_numbers(
             f"{path}, line {numbers[row]}: the {what} {rows[row][column][:40]!r} is no whole number: "
             "give BED, narrowPeak or broadPeak columns"
         )
-    numbers_of_column: npt.NDArray[np.int64] = values.astype(np.int64)
-    return numbers_of_column
+    return values.astype(np.int64)
+
+
+def _numbers(texts: list[str]) -> npt.NDArray[np.float64]:
+    """Texts as numbers, NaN where one is none."""
+    numbers = pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce")
+    return np.asarray(numbers, dtype=np.float64)
 
 
 def _from_table(path: Path, table: pd.DataFrame, oddities: Mapping[str, int]) -> Annotations:
-    """Count and mend the oddities of rows (chrom, start, end, offset, score, strand)."""
+    """Count and mend the oddities of rows (chrom, start, end, score, strand, perhaps offset)."""
     duplicate = table.duplicated().to_numpy()
     table = table[~duplicate]
     zero_length = (table["start"] == table["end"]).to_numpy()
@@ -320,7 +351,7 @@ def _from_table(path: Path, table: pd.DataFrame, oddities: Mapping[str, int]) ->
         raise DataError(
             f"{path}: the interval {starts[row]}-{ends[row]} ends before it starts: give start <= end"
         )
-    offsets = table["offset"].to_numpy(np.int64)
+    offsets = table["offset"].to_numpy(np.int64) if "offset" in table else np.full(len(table), -1)
     outside = offsets >= ends - starts
     called = (offsets >= 0) & ~outside
     before_start = int(np.count_nonzero(starts < 0))

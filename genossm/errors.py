@@ -23,5 +23,9 @@ class CheckpointError(GenossmError, ValueError):
     """A run folder is incomplete, of another version, or does not fit what it is used with."""
 
 
+class TrainingError(GenossmError, ArithmeticError):
+    """A training ended before its time: it diverged, ran out of memory, or was stopped by a signal."""
+
+
 class DeviceError(GenossmError, RuntimeError):
     """The compute device that was asked for is not there."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from genossm.errors import DataError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.outputs import plots
 from genossm.pipelines.device import describe, pick_device
-from genossm.pipelines.predict import predict_chromosome
+from genossm.pipelines.windowed import placed, precision_on, predict_chromosome
 from genossm.progress import progress, say
 from genossm.rebin import rebin, rebin_mean
 from genossm.targets import MASKED_SHARE, masked_bins, peak_bins
@@ -115,6 +114,7 @@ def evaluate(
             "chromosomes": list(chroms),
             "resolution_bp": resolution or data.bin_bp,
             "device": describe(chosen),
+            "precision": precision_on(chosen),
             "versions": versions(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -137,15 +137,18 @@ def write_evaluation(
         "calibration_error": {name: group.error for name, group in groups.items()},
     }
     atomic_write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    images = [folder / name for name in ("precision_recall.png", "calibration.png")]
     if not scored:
+        for image in images:  # those of an earlier evaluation in this folder
+            image.unlink(missing_ok=True)
         return
     curves = {
         one.track.name: metrics.precision_recall(one.observed, one.predicted, max_points=1000)
         for one in scored
     }
     rates = {one.track.name: metrics.positive_rate(one.observed) for one in scored}
-    plots.save_png(plots.precision_recall_plot(curves, rates), folder / "precision_recall.png")
-    plots.save_png(plots.calibration_plot(groups), folder / "calibration.png")
+    plots.save_png(plots.precision_recall_plot(curves, rates), images[0])
+    plots.save_png(plots.calibration_plot(groups), images[1])
 
 
 def paired_bins(
@@ -160,7 +163,7 @@ def paired_bins(
     Args:
         predicted: float32 (bins, tracks), the dataset's bins over the whole chromosome, NaN = gap.
         resolution_bp: None takes the dataset's bins and its mask. Otherwise a bin counts when less than a quarter of
-            its bases is excluded and less than a quarter has no signal. Peaks are taken from the intervals, so
+            its bases is excluded, less than a quarter has no signal, and there is a prediction. Peaks are taken from the intervals, so
             that a label is exact.
 
     Returns:
@@ -181,7 +184,8 @@ def paired_bins(
         if track.kind == "peaks":
             labels = peak_bins(*dataset.peaks(chrom, track.name), length_bp, resolution_bp)
             probability = rebin_mean(own, bin_bp, length_bp, resolution_bp).astype(np.float32)
-            pairs.append((labels[kept[:, i]], probability[kept[:, i]]))
+            keep = kept[:, i] & ~np.isnan(probability)  # NaN where all its bases lie in bins of mostly N
+            pairs.append((labels[keep], probability[keep]))
             continue
         both = np.stack([targets[:, i], own], axis=1)
         both[~mask[:, i] | np.isnan(own)] = np.nan
@@ -207,7 +211,7 @@ def _collect(
             predicted = np.zeros((data.bins(chrom), len(tracks)), np.float32)
             for model in models:
                 columns = _columns(model, tracks)
-                with _on(model, device):
+                with placed(model, device):
                     values = predict_chromosome(
                         model, data.genome, chrom, batch_size=batch_size, device=device, progress=bar.update
                     )
@@ -311,15 +315,3 @@ def _columns(model: AccessibilityModel, tracks: Sequence[TrackConfig]) -> list[i
 
 def _name_of(model: Model) -> str:
     return "a model in memory" if isinstance(model, AccessibilityModel) else os.fspath(model)
-
-
-@contextmanager
-def _on(model: AccessibilityModel, device: torch.device) -> Iterator[None]:
-    """The model on `device` in evaluation mode, and afterwards where and how it was."""
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training = model.training
-    try:
-        model.to(device).eval()
-        yield
-    finally:
-        model.to(home).train(training)

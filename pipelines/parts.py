@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +20,7 @@ from genossm.progress import say
 from genossm.windows import Window
 
 WINDOWS_PER_PART = 32
-Compute = Callable[[tuple[Window, ...]], Iterator[npt.NDArray[np.float32]]]
+Compute = Callable[[Sequence[Window]], Iterator[npt.NDArray[np.float32]]]
 
 
 class Parts:
@@ -60,7 +60,7 @@ class Parts:
                 shutil.rmtree(self.folder)
             else:
                 raise DataError(
-                    f"{folder} holds an unfinished prediction of another model, genome or selection: "
+                    f"{folder} holds an unfinished prediction of another model, genome, selection or precision: "
                     "choose another folder, or give force (--force) to discard it"
                 )
         if not plan.is_file():
@@ -81,24 +81,22 @@ class Parts:
     def complete(self, compute: Compute, advance: Callable[[int], object]) -> int:
         """Compute the parts that are not there yet and return how many were there already.
 
-        `compute` yields one array (target bins, tracks) per window; `advance` is told the base pairs of finished parts
-        found at the start (`compute` reports its own).
+        `compute` yields one array (target bins, tracks) per window, of all missing parts in one stream, so that its
+        batches cross the borders of parts; a part is written as soon as its last window is there. `advance` is told
+        the base pairs of finished parts found at the start (`compute` reports its own).
         """
-        found = 0
+        missing = []
         for index, group in enumerate(self._groups):
-            bins = [stop - first for first, stop in map(self.selection.target_bins, group)]
-            if self._valid(index, sum(bins)):
-                found += 1
-                advance(sum(bins) * self.selection.bin_bp)
-                continue
-            values = np.full((self.tracks, sum(bins)), np.nan, dtype=np.float32)
-            position = 0
-            for count, block in zip(bins, compute(group), strict=True):
-                values[:, position : position + count] = block.T
-                position += count
+            if self._valid(index):
+                advance(sum(map(self.selection.target_bp_of, group)))
+            else:
+                missing.append(index)
+        blocks = compute([window for index in missing for window in self._groups[index]])
+        for index in missing:
+            values = np.concatenate([next(blocks) for _ in self._groups[index]])
             with atomic_path(self._path(index)) as temporary, temporary.open("wb") as handle:
-                np.save(handle, values)
-        return found
+                np.save(handle, np.ascontiguousarray(values.T))
+        return len(self._groups) - len(missing)
 
     def track(self, chrom: str, track: int) -> npt.NDArray[np.float32]:
         """float32 (bins,) of one track on a whole chromosome; bins that were not asked for are NaN."""
@@ -128,8 +126,9 @@ class Parts:
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npy"
 
-    def _valid(self, index: int, bins: int) -> bool:
+    def _valid(self, index: int) -> bool:
         path = self._path(index)
+        bins = sum(stop - first for first, stop in map(self.selection.target_bins, self._groups[index]))
         if not path.is_file():
             return False
         try:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-import numpy.typing as npt
-import pyBigWig
 import torch
 
 from genossm import __version__
@@ -30,9 +25,9 @@ from genossm.pipelines.collect import collect, file_names
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.parts import Parts
 from genossm.pipelines.selection import Selection, select
-from genossm.pipelines.windowed import predict_chromosome, predict_windows
+from genossm.pipelines.windowed import placed, precision_on, predict_chromosome, predict_windows
 from genossm.progress import progress, say
-from genossm.windows import Window
+from genossm.version import versions
 
 __all__ = ["PredictionResult", "predict", "predict_chromosome"]
 
@@ -58,8 +53,8 @@ def predict(
     genome: Genome | str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
-    chroms: Sequence[str] | None = None,
-    regions: Sequence[str | Interval] | None = None,
+    chroms: str | Sequence[str] | None = None,
+    regions: str | Interval | Sequence[str | Interval] | None = None,
     bed: str | os.PathLike[str] | None = None,
     sequences: str | os.PathLike[str] | None = None,
     mode: str = "windows",
@@ -75,7 +70,8 @@ def predict(
     Bin i covers [i*bin, min((i+1)*bin, chromosome length)), 0-based half-open. Values are probabilities for peaks and
     expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins of which more than
     half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed grid, so a value depends
-    neither on the batch size nor on what else is predicted; regions see their context in the reference.
+    neither on the batch size (up to rounding, see `predict_windows`) nor on what else is predicted; regions see their
+    context in the reference. The model computes in bf16 on CUDA and in float32 on a CPU; outputs are float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 
@@ -88,7 +84,7 @@ def predict(
         bed: the same from a BED file.
         sequences: a FASTA of sequences without coordinates; gives HDF5 arrays `/<record>/predictions`.
         mode: "windows": tiles of the training window, margins cropped.
-        batch_size: windows at once.
+        batch_size: windows at once, across chromosomes too.
         device: auto, cuda, cuda:N or cpu.
         hdf5: write `predictions.h5` as well.
         call_peaks: call regions of each peaks track.
@@ -127,17 +123,23 @@ def predict(
         say(f"{folder} already holds this prediction; nothing to do")
         return PredictionResult(folder, tuple(folder / name for name in earlier["files"]), earlier["summary"])
 
-    parts = Parts(folder, identity, selection, len(tracks), force=force)
-    with progress(total=selection.target_bp, unit="bp", description="predict", scale=True) as bar:
-
-        def compute(windows: tuple[Window, ...]) -> Iterator[npt.NDArray[np.float32]]:
-            return predict_windows(
+    # What is finished on one device stands on any other, but one output never mixes precisions.
+    precision = precision_on(chosen)
+    parts = Parts(folder, identity | {"precision": precision}, selection, len(tracks), force=force)
+    with (
+        placed(network, chosen),
+        progress(total=selection.target_bp, unit="bp", description="predict", scale=True) as bar,
+    ):
+        resumed = parts.complete(
+            lambda windows: predict_windows(
                 network, reference, windows, batch_size=batch_size, device=chosen, progress=bar.update
-            )
-
-        resumed = parts.complete(compute, bar.update)
+            ),
+            bar.update,
+        )
     if resumed:
         say(f"used {resumed} finished parts of an interrupted run")
+    for name in set(earlier.get("files", ())) - set(names):
+        (folder / name).unlink(missing_ok=True)
     (folder / "run.json").unlink(missing_ok=True)
     files, summary = collect(
         folder, network, parts, hdf5=hdf5, sequences=sequences is not None, thresholds=called
@@ -157,15 +159,14 @@ def predict(
         "options": options,
         "batch_size": batch_size,
         "device": describe(chosen),
-        "versions": _versions(),
+        "precision": precision,
+        "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
         "files": [file.name for file in files],
         "summary": summary,
     }
     atomic_write_text(folder / "run.json", json.dumps(record, indent=2, default=str) + "\n")
-    for name in set(earlier.get("files", ())) - {file.name for file in files}:
-        (folder / name).unlink(missing_ok=True)
     parts.remove()
     return PredictionResult(folder, files, summary)
 
@@ -276,13 +277,3 @@ def _earlier(folder: Path, identity: Mapping[str, Any], names: Sequence[str], fo
         )
     return record if same else {"files": record.get("files", [])}
 
-
-def _versions() -> dict[str, str]:
-    return {
-        "genossm": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "pyBigWig": pyBigWig.__version__,
-        "h5py": h5py.__version__,
-    }

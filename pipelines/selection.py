@@ -45,11 +45,15 @@ class Selection:
         steps[ranges[:, 1]] -= 1
         return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
+    def target_bp_of(self, window: Window) -> int:
+        """Bases of a window's target inside the chromosome."""
+        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom])
+        return end - start
+
     @property
     def target_bp(self) -> int:
         """Bases that the targets of all windows cover together."""
-        spans = [target_of(window, self.margin_bp, self.lengths[window.chrom]) for window in self.windows]
-        return sum(end - start for start, end in spans)
+        return sum(map(self.target_bp_of, self.windows))
 
 
 def select(
@@ -58,8 +62,8 @@ def select(
     window_bp: int,
     margin_bp: int,
     bin_bp: int,
-    chroms: Sequence[str] | None = None,
-    regions: Sequence[str | Interval] | None = None,
+    chroms: str | Sequence[str] | None = None,
+    regions: str | Interval | Sequence[str | Interval] | None = None,
     bed: str | os.PathLike[str] | None = None,
 ) -> Selection:
     """Choose whole chromosomes (all of them when nothing is named), or the bins that overlap regions and BED rows.
@@ -67,8 +71,8 @@ def select(
     Args:
         lengths: chromosome lengths in bp, in genome order.
         window_bp, margin_bp, bin_bp: geometry of the model.
-        chroms: whole chromosomes.
-        regions: "chrom:start-end" (0-based half-open), a bare chromosome name, or intervals.
+        chroms: whole chromosomes, or the name of one.
+        regions: "chrom:start-end" (0-based half-open), a bare chromosome name, or intervals; several or one.
         bed: a BED, narrowPeak or broadPeak file, plain or gzip; its regions are joined with `regions`.
 
     Raises:
@@ -79,6 +83,8 @@ def select(
         raise ConfigError("chromosomes and regions were both given: name either whole chromosomes or regions")
     if chroms is None and regions is None and bed is None:
         chroms = list(lengths)
+    chroms = [chroms] if isinstance(chroms, str) else chroms
+    regions = [regions] if isinstance(regions, str | Interval) else regions
     spans: dict[str, list[tuple[int, int]]] = {}
     if chroms is not None:
         _check_names(chroms, lengths, "the request")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyBigWig
 import yaml
 
 from genossm import __version__
 from genossm.errors import ConfigError, DataError, FileError
+from genossm.outputs.bigwig import write_bigwig
 from genossm.pipelines.grammar import Grammar, SimulatedChromosome, Site, build_chromosome, load_motifs
 from genossm.progress import progress, say
 
@@ -115,7 +115,10 @@ def simulate(
         temporary.mkdir()
         _write_fasta(temporary / "genome.fa", names, drawn)
         _write_peaks(temporary / "peaks.narrowPeak", names, drawn)
-        _write_signal(temporary / "signal.bw", names, counts)
+        lengths = dict.fromkeys(names, chromosome_bp)
+        cuts = (np.where(values, values, np.nan).astype(np.float32) for values in counts)
+        slices = ((name, values, 0) for name, values in zip(names, cuts, strict=True))
+        write_bigwig(temporary / "signal.bw", lengths, slices, bin_bp=1)
         _write_truth(temporary / "truth.tsv", names, drawn)
         _write_dataset_yaml(temporary / "dataset.yaml", names, parameters)
         summary = {
@@ -192,15 +195,6 @@ def _write_peaks(path: Path, names: Sequence[str], drawn: Sequence[SimulatedChro
                         f"{name}\t{site.region_start}\t{site.region_end}\tpeak_{number}\t{score}\t.\t"
                         f"{site.cuts:.3f}\t-1\t-1\t{summit}\n"
                     )
-
-
-def _write_signal(path: Path, names: Sequence[str], counts: Sequence[npt.NDArray[np.int64]]) -> None:
-    with pyBigWig.open(str(path), "w") as handle:
-        handle.addHeader([(name, len(values)) for name, values in zip(names, counts, strict=True)])
-        for name, values in zip(names, counts, strict=True):
-            starts = np.flatnonzero(values)
-            if starts.size:
-                handle.addEntries(name, starts, values=values[starts].astype(np.float64), span=1)
 
 
 def _write_truth(path: Path, names: Sequence[str], drawn: Sequence[SimulatedChromosome]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from genossm import checkpoint
 from genossm.atomic import atomic_write_text
 from genossm.config import apply_overrides, build, dump_yaml, load_yaml, to_mapping
 from genossm.dataset import PreparedDataset
-from genossm.errors import CheckpointError, ConfigError, DataError
+from genossm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from genossm.loaders import EpochSampler, Item, WindowDataset
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import TrackHead
@@ -87,18 +88,19 @@ def train(
         ConfigError: the configuration or an override is wrong, or does not fit the dataset.
         CheckpointError: `out` holds a run and `resume` is False, or `resume` is True and the run there is another.
         DeviceError: the device is not there.
+        TrainingError: it diverged, ran out of memory, or was stopped by a signal.
     """
     began = datetime.now(UTC)
     folder = Path(out)
     resolved = _resolve(config, overrides, seed)
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
-    resumed = _prepare_folder(folder, resolved, data, resume=resume)
     chosen = pick_device(device)
+    training, validation = _windows(data, resolved)
+    provenance = _provenance(data, resolved, device=describe(chosen), began=began)  # opens the genome
+    resumed = _prepare_folder(folder, resolved, data, resume=resume)
     precision = _precision(resolved, chosen)
     say(f"device: {describe(chosen)}, {precision}; run folder: {folder}; seed {resolved.train.seed}")
-
     torch.manual_seed(resolved.train.seed)
-    training, validation = _windows(data, resolved)
     model = AccessibilityModel(
         resolved.model,
         track_heads(data),
@@ -123,7 +125,6 @@ def train(
         f"model: {parameters:,} parameters, {len(model.tracks)} tracks; {len(training)} windows of "
         f"{training.window_bp:,} bp an epoch, {resolved.train.epochs} epochs, {total_steps} steps"
     )
-    provenance = _provenance(data, resolved, device=describe(chosen), began=began)
     atomic_write_text(folder / CONFIG_FILE, dump_yaml(to_mapping(resolved)))
     atomic_write_text(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
     try:
@@ -135,13 +136,24 @@ def train(
     )
     with _quiet_lightning():
         trainer = _trainer(resolved, folder, chosen, precision, log)
-        trainer.fit(
-            module,
-            _loader(training, resolved, chosen, shuffle=True),
-            _loader(validation, resolved, chosen, shuffle=False),
-            ckpt_path=folder / RESUME_FILE if resumed else None,
-            weights_only=True,
-        )
+        try:
+            trainer.fit(
+                module,
+                _loader(training, resolved, chosen, shuffle=True),
+                _loader(validation, resolved, chosen, shuffle=False),
+                ckpt_path=folder / RESUME_FILE if resumed else None,
+                weights_only=True,
+            )
+        except SystemExit as stop:  # what Lightning makes of SIGINT and SIGTERM
+            raise TrainingError(
+                f"training was stopped by a signal after {len(log.rows)} whole epochs; "
+                f"the same command with --resume goes on from there ({folder})"
+            ) from stop
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{describe(chosen)} has not enough memory for batches of {resolved.train.batch_size} windows of "
+                f"{training.window_bp:,} bp; lower train.batch_size or train.window_bp"
+            ) from error
     if log.best_epoch < 0:
         raise DataError(
             "no epoch gave a validation figure, so no model was saved: the validation split has no bin of both classes; "
@@ -260,10 +272,11 @@ def _trainer(
         devices=1 if device.type == "cpu" else [device.index or 0],
         precision=precision,
         max_epochs=config.train.epochs,
-        gradient_clip_val=config.train.clip_norm,
         check_val_every_n_epoch=config.train.valid_every,
         logger=loggers or False,
         callbacks=[log],
+        plugins=[LightningEnvironment()],  # one process, also inside a queue's job
+        default_root_dir=folder,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -284,6 +297,7 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*srun.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -302,6 +316,7 @@ def _provenance(data: PreparedDataset, config: RunConfig, *, device: str, began:
         "started": began.isoformat(timespec="seconds"),
         "seed": config.train.seed,
         "assembly": data.assembly,
+        "genome": {"path": str(data.genome.path), "sha256": data.genome.sha256},
         "splits": {split: list(chroms) for split, chroms in data.splits.items()},
         "dataset": {"folder": str(data.folder), "fingerprint": fingerprint(data), **data.provenance},
         "train": to_mapping(config.train),

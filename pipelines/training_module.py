@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genossm import metrics
+from genossm.errors import TrainingError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.run_config import TrainConfig
 
@@ -56,6 +57,7 @@ class TrainingModule(lightning.LightningModule):
         self.validation: dict[str, float] = {}
         self.thresholds: dict[str, float] = {}
         self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._gradient_norm: Tensor | None = None
         self._forward = torch.compile(model) if config.compile else model
 
     @property
@@ -79,21 +81,21 @@ class TrainingModule(lightning.LightningModule):
         self.epoch_losses.append(loss.detach())
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(
-            [parameter.grad for parameter in parameters if parameter.grad is not None]
-        )
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient became {norm.item()} at step {self.global_step}; lower train.learning_rate and resume"
-            )
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self._refuse_divergence()
+        self._gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
     def on_validation_epoch_start(self) -> None:
+        self._refuse_divergence()
         self._outputs = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -153,6 +155,15 @@ class TrainingModule(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _refuse_divergence(self) -> None:
+        # looks at the step before, whose gradient is known by now: waiting for this one would hold up the GPU
+        norm = self._gradient_norm
+        if norm is not None and not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient became {norm.item()} at step {self.global_step}; "
+                "lower train.learning_rate and start again, or resume from the last whole epoch"
+            )
 
     def _losses(self, raw: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return self.model.heads.losses(raw, targets, mask, total_weight=self.config.total_weight)

@@ -147,9 +147,9 @@ def test_refusals_leave_nothing_behind(
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int
 ) -> None:
-    # The libraries abort or leave the file open when a write fails, so the space is asked for beforehand.
+    # pyBigWig aborts when a write fails, so the space is asked for beforehand.
     usage = SimpleNamespace(total=free_bytes, used=0, free=free_bytes)
-    monkeypatch.setattr("genossm.outputs.space.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("genossm.outputs.bigwig.shutil.disk_usage", lambda folder: usage)
     values = np.random.default_rng(1).random(400_000).astype(np.float32)
     with pytest.raises(FileError, match=r"no space left on the disk .* MB are free"):
         write_bigwig(tmp_path / "x.bw", {"a": 400_000 * 32}, [("a", values, 0)], 32)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 import pytest
 
+from genossm import hdf5_file
 from genossm.errors import DataError, FileError
 from genossm.outputs.hdf5 import write_hdf5
 
@@ -66,15 +69,29 @@ def test_slices_that_do_not_fit(tmp_path: Path, first: int, columns: int) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("free_bytes", [100_000, 600_000])
+class SmallDisk:
+    """A file on a disk with `free_bytes` left: what does not fit is refused."""
+
+    def __init__(self, raw: BinaryIO, free_bytes: int) -> None:
+        self._raw, self._free_bytes = raw, free_bytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def write(self, content: memoryview) -> int:
+        if self._raw.tell() + len(content) > self._free_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._raw.write(content)
+
+
+@pytest.mark.parametrize("free_bytes", [0, 1_000, 100_000, 600_000])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int
 ) -> None:
-    # The libraries abort or leave the file open when a write fails, so the space is asked for beforehand.
-    usage = SimpleNamespace(total=free_bytes, used=0, free=free_bytes)
-    monkeypatch.setattr("genossm.outputs.space.shutil.disk_usage", lambda folder: usage)
+    guard = hdf5_file._Guard
+    monkeypatch.setattr(hdf5_file, "_Guard", lambda raw: guard(SmallDisk(raw, free_bytes)))
     values = np.random.default_rng(1).random((300_000, 2)).astype(np.float32)
-    arrays = [("a", 300_000 * 32, [(0, values)])]
-    with pytest.raises(FileError, match=r"no space left on the disk .* MB are free"):
+    arrays = [("a", 300_000 * 32, [(0, values)]), ("b", 32, [(0, values[:1])])]
+    with pytest.raises(FileError, match=r"no space left on the disk while writing .*x\.h5"):
         write_hdf5(tmp_path / "x.h5", arrays, tracks=["p", "q"], bin_bp=32, assembly="")
     assert list(tmp_path.iterdir()) == []

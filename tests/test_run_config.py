@@ -49,7 +49,7 @@ def test_overrides_and_files_reach_the_dataclass(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_keys_are_told() -> None:
-    with pytest.raises(ConfigError, match="choose one of .*yeast-100kb"):
+    with pytest.raises(ConfigError, match=r"choose one of .*yeast-100kb"):
         load_run_config("yeast-100k")
     with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
         load_run_config("demo", ["train.learning_rat=1"])

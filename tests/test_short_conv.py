@@ -13,7 +13,7 @@ from genossm.kernels.short_conv import Padding, short_conv
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -> Tensor:
-    batch, length, _ = x.shape
+    length = x.shape[1]
     width = weight.shape[1]
     y = torch.zeros_like(x)
     for t in range(length):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors import safe_open
 
 import genossm as gs
 from genossm.dataset import PreparedDataset
-from genossm.errors import CheckpointError, ConfigError
+from genossm.errors import CheckpointError, ConfigError, FileError, TrainingError
 from genossm.pipelines.train import track_heads
 from genossm.pipelines.training_module import parameter_groups
 from genossm.run_config import TrainConfig, load_run_config
@@ -230,5 +231,57 @@ def test_a_gradient_that_is_not_finite_stops_with_a_sentence(
     monkeypatch.setattr(
         TrackHeads, "losses", lambda self, *args, **options: original(self, *args, **options) * math.inf
     )
-    with pytest.raises(FloatingPointError, match="lower train.learning_rate"):
+    with pytest.raises(TrainingError, match=r"the gradient became .* lower train.learning_rate"):
         gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_told_and_is_no_success(
+    config: Path,
+    tiny_prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    from genossm.pipelines.training_module import TrainingModule
+
+    original = TrainingModule.training_step
+
+    def stopped(self: TrainingModule, batch: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
+        if self.current_epoch == 2:
+            signal.raise_signal(number)
+        return original(self, batch, index)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingModule, "training_step", stopped)
+    with pytest.raises(TrainingError, match=r"stopped by a signal after 2 whole epochs.*--resume"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
+    monkeypatch.setattr(TrainingModule, "training_step", original)
+    gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", resume=True)
+    gs.train(config, tiny_prepared, tmp_path / "whole", device="cpu")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_memory_that_runs_out_is_told(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genossm.models.accessibility import AccessibilityModel
+
+    def full(self: AccessibilityModel, tokens: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AccessibilityModel, "forward", full)
+    with pytest.raises(TrainingError, match=r"batches of 4 windows of 4,096 bp; lower train\.batch_size"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
+
+
+def test_a_genome_that_moved_is_told_before_anything_is_written(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_prepared, copy)
+    record = json.loads((copy / "dataset.json").read_text())
+    record["genome"].update(path="/nowhere/genome.fa", as_written="genome.fa", relative_path="genome.fa")
+    (copy / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match="genome"):
+        gs.train(config, copy, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

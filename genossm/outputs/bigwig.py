@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,6 @@ import pyBigWig
 from genossm.atomic import atomic_path
 from genossm.errors import DataError, FileError
 from genossm.outputs.bigwig_zoom import mend_zooms
-from genossm.outputs.space import require_space
 
 # Shorter runs are cheaper as variable steps in one block than as one block each.
 SHORT_RUN_BINS = 64
@@ -46,7 +47,7 @@ def write_bigwig(
     covered_bp, written_bytes = 0, 0
     last_chrom, last_end = "", 0
     with atomic_path(path) as temporary:
-        require_space(path, FLOOR_BYTES + 64 * len(lengths))
+        _require_space(path, FLOOR_BYTES + 64 * len(lengths))
         try:
             handle = pyBigWig.open(str(temporary), "w")
             handle.addHeader(list(lengths.items()))
@@ -59,7 +60,7 @@ def write_bigwig(
                             "slices must be in genome order without overlap"
                         )
                     slice_bytes = len(values) * (VARIABLE_BYTES if _is_sparse(values) else FIXED_BYTES)
-                    require_space(path, FLOOR_BYTES + slice_bytes + 3 * written_bytes // 4)
+                    _require_space(path, FLOOR_BYTES + slice_bytes + 3 * written_bytes // 4)
                     written_bytes += slice_bytes
                     covered_bp += _add(handle, chrom, values, start_bp, bin_bp, lengths[chrom])
                     last_chrom, last_end = chrom, start_bp + len(values) * bin_bp
@@ -135,6 +136,16 @@ def _is_sparse(values: npt.NDArray[np.float32]) -> bool:
 def _float64(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """pyBigWig stores float32 but takes contiguous arrays of its own choosing: float64 is always read rightly."""
     return np.ascontiguousarray(values, dtype=np.float64)
+
+
+def _require_space(path: str | os.PathLike[str], needed_bytes: int) -> None:
+    """Refuse to go on where the disk lacks room: pyBigWig 0.3.29 corrupts its memory and aborts when a write fails."""
+    free_bytes = shutil.disk_usage(Path(path).parent).free
+    if free_bytes < needed_bytes:
+        raise FileError(
+            f"no space left on the disk for {path}: about {needed_bytes / 1e6:,.1f} MB are needed and "
+            f"{free_bytes / 1e6:,.1f} MB are free; free some space or write elsewhere, then run the command again"
+        )
 
 
 def _verify(temporary: os.PathLike[str], path: str | os.PathLike[str], covered_bp: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import h5py
@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from genossm.atomic import atomic_path
-from genossm.errors import DataError, FileError
-from genossm.outputs.space import require_space
+from genossm.errors import DataError
+from genossm.hdf5_file import create_hdf5
 
 CHUNK_BINS = 4096
-FLOOR_BYTES = 1 << 18
 Slices = Iterable[tuple[int, npt.NDArray[np.float32]]]
 
 
@@ -46,32 +45,14 @@ def write_hdf5(
         DataError: a slice that does not fit, or a value too large for float16.
         FileError: the disk is full or the folder cannot be written.
     """
-    with atomic_path(path) as temporary:
-        try:
-            with h5py.File(temporary, "w") as handle:
-                handle.attrs["tracks"] = np.array(list(tracks), dtype=h5py.string_dtype())
-                handle.attrs["bin_bp"] = bin_bp
-                handle.attrs["assembly"] = assembly
-                handle.attrs.update(attributes or {})
-                for chrom, length_bp, slices in _with_room(path, arrays):
-                    _write_chromosome(handle, chrom, length_bp, slices, len(tracks), bin_bp, dtype)
-        except RuntimeError as error:  # what HDF5 raises when a buffered write fails at closing
-            raise FileError(f"cannot write {path}: {error}; check the free space on the disk") from error
-
-
-def _with_room(
-    path: str | os.PathLike[str], arrays: Iterable[tuple[str, int, Slices]]
-) -> Iterator[tuple[str, int, Slices]]:
-    """The same arrays, each slice handed on only once the disk has room for it and for what HDF5 still buffers."""
-
-    def checked(slices: Slices) -> Slices:
-        for first, values in slices:
-            require_space(path, FLOOR_BYTES + 4 * CHUNK_BINS * values.shape[-1] + 2 * values.nbytes)
-            yield first, values
-
-    require_space(path, FLOOR_BYTES)
-    for chrom, length_bp, slices in arrays:
-        yield chrom, length_bp, checked(slices)
+    with atomic_path(path) as temporary, create_hdf5(temporary) as (handle, flush):
+        handle.attrs["tracks"] = np.array(list(tracks), dtype=h5py.string_dtype())
+        handle.attrs["bin_bp"] = bin_bp
+        handle.attrs["assembly"] = assembly
+        handle.attrs.update(attributes or {})
+        for chrom, length_bp, slices in arrays:
+            _write_chromosome(handle, chrom, length_bp, slices, len(tracks), bin_bp, dtype)
+            flush()
 
 
 def _write_chromosome(
