@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -161,7 +163,8 @@ def train(
         )
     seconds = (datetime.now(UTC) - began).total_seconds()
     say(
-        f"trained in {seconds:.0f} s; best epoch {log.best_epoch + 1} with a validation score of {log.best:.4f}; saved in {folder}"
+        f"trained in {seconds:.0f} s, peak memory {_peak_memory(chosen)}; best epoch {log.best_epoch + 1} with a "
+        f"validation score of {log.best:.4f}; saved in {folder}"
     )
     return Run(folder, log.best_epoch, log.best, seconds)
 
@@ -302,6 +305,14 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _peak_memory(device: torch.device) -> str:
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    text = f"{kilobytes / 2**20:.1f} GiB"
+    if device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+    return text
 
 
 def fingerprint(data: PreparedDataset) -> str:

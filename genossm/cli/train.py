@@ -15,6 +15,12 @@ from genossm.cli.options import device_option, out_option, seed_option, set_opti
 @click.option(
     "--dataset", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Prepared dataset."
 )
+@click.option(
+    "--genome",
+    metavar="FASTA",
+    type=click.Path(path_type=Path),
+    help="The dataset's genome, where it has moved since `genossm prepare`.",
+)
 @out_option(help="Run folder: model, metrics, logs and the state to resume from.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder from its last whole epoch.")
 @seed_option(default=None)
@@ -23,6 +29,7 @@ from genossm.cli.options import device_option, out_option, seed_option, set_opti
 def command(
     config: str,
     dataset: Path,
+    genome: Path | None,
     out: Path,
     resume: bool,
     seed: int | None,
@@ -34,9 +41,11 @@ def command(
     CONFIG is a YAML file or the name of a shipped configuration, such as yeast-100kb. The test chromosomes
     are never looked at.
     """
+    from genossm.dataset import PreparedDataset
     from genossm.pipelines.train import train
 
-    run = train(config, dataset, out, device=device, seed=seed, resume=resume, overrides=overrides)
+    data = PreparedDataset(dataset, genome=genome)
+    run = train(config, data, out, device=device, seed=seed, resume=resume, overrides=overrides)
     show(
         {"run": run.path, "best_epoch": run.best_epoch, "score": run.best_score, "seconds": run.seconds},
         f"{run.path}: best epoch {run.best_epoch + 1}, validation score {run.best_score:.4f}, {run.seconds:.0f} s",
