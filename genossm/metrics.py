@@ -1,7 +1,8 @@
-"""Metrics of per-bin predictions: ranking of peaks (AUROC, AUPRC), correlation of signal, curves and calibration.
+"""Metrics of per-bin predictions: ranking of peaks, correlation of signal, curves and calibration.
 
-Every function takes the truth first and the prediction second, as 1-D arrays over the same bins, and gives NaN where
-the figure is undefined (no positives, a constant array, no bins). Bins that are masked must be left out by the caller.
+Every function takes the truth first and the prediction second, as 1-D arrays over the same bins, and gives
+NaN where the figure is undefined (no positives, a constant array, no bins). Bins that are masked must be left
+out by the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ RealArray = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class PrecisionRecall:
-    """A precision-recall curve: point i calls every bin whose score is at least `thresholds[i]` (descending)."""
+    """A precision-recall curve: point i calls bins with a score of `thresholds[i]` (descending) or more."""
 
     precision: npt.NDArray[np.float64]
     recall: npt.NDArray[np.float64]
@@ -34,7 +35,7 @@ class PrecisionRecall:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Predicted against observed rate, for bins grouped by predicted probability; empty groups are left out."""
+    """Predicted against observed rate of bins grouped by prediction; empty groups are left out."""
 
     predicted: npt.NDArray[np.float64]
     observed: npt.NDArray[np.float64]
@@ -42,7 +43,7 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean of |predicted - observed|, weighted by the bins of each group."""
+        """Expected calibration error: mean |predicted - observed|, weighted by the bins of each group."""
         if self.count.sum() == 0:
             return float("nan")
         return float(np.average(np.abs(self.predicted - self.observed), weights=self.count))
@@ -55,7 +56,7 @@ def positive_rate(labels: RealArray) -> float:
 
 
 def auroc(labels: RealArray, scores: RealArray) -> float:
-    """Area under the ROC curve: the chance that a positive bin outranks a negative one, ties counting one half.
+    """Area under the ROC curve: the chance that a positive bin outranks a negative one, ties half.
 
     Args:
         labels: (bins,) 0 or 1 (or bool).
@@ -82,8 +83,8 @@ def auroc(labels: RealArray, scores: RealArray) -> float:
 def auprc(labels: RealArray, scores: RealArray) -> float:
     """Average precision: the sum over distinct scores of (gain in recall) x precision, without interpolation.
 
-    Bins of equal score are called together, so the order of the bins does not matter. Arguments and errors as for
-    `auroc`; NaN when there is no positive bin.
+    Bins of equal score are called together, so the order of the bins does not matter. Arguments and errors as
+    for `auroc`; NaN when there is no positive bin.
     """
     positive, ranked = _labels_and_ranks(labels, scores)
     if not positive.any():
@@ -100,8 +101,8 @@ def auprc(labels: RealArray, scores: RealArray) -> float:
 def pearson(observed: RealArray, predicted: RealArray) -> float:
     """Pearson correlation in float64; NaN for fewer than two bins or a constant array.
 
-    Computed here and not by torchmetrics, which warns about, and loses digits on, arrays of small variance such as
-    the predictions of an untrained model.
+    Computed here and not by torchmetrics, which warns about, and loses digits on, arrays of small variance
+    such as the predictions of an untrained model.
 
     Raises:
         DataError: shapes differ or a value is not finite.
@@ -117,7 +118,7 @@ def pearson(observed: RealArray, predicted: RealArray) -> float:
 
 
 def spearman(observed: RealArray, predicted: RealArray) -> float:
-    """Spearman correlation: Pearson's of the ranks, ties sharing their mean rank. NaN and errors as for `pearson`."""
+    """Spearman correlation: `pearson` (NaN and errors too) of the ranks, ties sharing their mean rank."""
     x, y = _pair(observed, predicted)
     return pearson(_mean_ranks(x), _mean_ranks(y))
 
@@ -130,7 +131,8 @@ def precision_recall(
     Args:
         labels: (bins,) 0 or 1 (or bool).
         scores: (bins,) finite.
-        max_points: thin the curve to about this many points, evenly in recall, for a plot; both ends are kept.
+        max_points: thin the curve to about this many points, evenly in recall, for a plot; both ends are
+            kept.
 
     Returns:
         The curve; empty when there is no positive bin.
@@ -157,7 +159,7 @@ def precision_recall(
 
 
 def best_f1_threshold(labels: RealArray, scores: RealArray) -> float:
-    """The score at which calling `score >= threshold` has the highest F1 (the highest such score); NaN when undefined."""
+    """The (highest) score at which calling `score >= threshold` has the best F1; NaN when undefined."""
     curve = precision_recall(labels, scores)
     if curve.thresholds.size == 0:
         return float("nan")
@@ -218,7 +220,8 @@ def _labels_and_ranks(
     positive = _labels(labels)
     values = _scores(scores, positive.shape)
     if values.size and (values.min() < 0 or values.max() > 1):
-        # torchmetrics squashes scores outside 0 to 1 by a sigmoid, which makes ties of large ones: give it ranks.
+        # torchmetrics squashes scores outside 0 to 1 by a sigmoid, which makes ties of large ones: give it
+        # ranks.
         distinct, rank = np.unique(values, return_inverse=True)
         values = rank / distinct.size
     # A copy where it must be: torch warns about arrays that it may not write to.

@@ -1,7 +1,7 @@
 """Per-bin values at another resolution, so that figures compare with those of other people's tools.
 
-Bin i of `bin_bp` covers bases [i * bin_bp, min((i + 1) * bin_bp, length_bp)): the last one may be shorter. The new
-resolution need not be a multiple of the bin: a base counts for the new bin it lies in.
+Bin i of `bin_bp` covers bases [i * bin_bp, min((i + 1) * bin_bp, length_bp)): the last one may be shorter.
+The new resolution need not be a multiple of the bin: a base counts for the new bin it lies in.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def rebin_mean(
 def rebin_sum(
     values: npt.NDArray[Any], bin_bp: int, length_bp: int, resolution_bp: int
 ) -> npt.NDArray[np.float64]:
-    """Sum in each new bin of values that are sums over old bins (counts), spread evenly over an old bin's bases.
+    """Sum in each new bin of counts: sums over old bins, spread evenly over an old bin's bases.
 
     Arguments, result and errors as for `rebin_mean`; totals over the chromosome are kept.
     """
@@ -58,7 +58,7 @@ def rebin(
     resolution_bp: int,
     aggregate: Literal["mean", "sum", "max"] = "mean",
 ) -> npt.NDArray[np.float64]:
-    """`rebin_mean` or `rebin_sum`, or for "max" the highest value of the old bins that reach into a new bin."""
+    """`rebin_mean`, `rebin_sum`, or for "max" the highest of the old bins that reach into a new bin."""
     if aggregate == "mean":
         return rebin_mean(values, bin_bp, length_bp, resolution_bp)
     if aggregate == "sum":
@@ -89,7 +89,7 @@ def _sums(
 def _pieces(
     bin_bp: int, length_bp: int, resolution_bp: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Cut the chromosome at the edges of both grids: old bin and bases of each piece, first piece of each new bin."""
+    """Cut at the edges of both grids: old bin and bases of each piece, first piece of each new bin."""
     new_starts = np.arange(0, length_bp, resolution_bp, dtype=np.int64)
     starts = np.union1d(np.arange(0, length_bp, bin_bp, dtype=np.int64), new_starts)
     bases = np.diff(np.append(starts, length_bp))
@@ -99,12 +99,12 @@ def _pieces(
 def _check(values: npt.NDArray[Any], bin_bp: int, length_bp: int, resolution_bp: int) -> None:
     if bin_bp < 1 or resolution_bp < 1 or length_bp < 1:
         raise DataError(
-            f"bin ({bin_bp} bp), resolution ({resolution_bp} bp) and chromosome length ({length_bp} bp) must be at "
-            "least 1 bp; give a positive resolution"
+            f"bin ({bin_bp} bp), resolution ({resolution_bp} bp) and chromosome length ({length_bp} bp) must "
+            "be at least 1 bp; give a positive resolution"
         )
     bins = bin_count(length_bp, bin_bp)
     if len(values) != bins:
         raise DataError(
-            f"{len(values)} values cannot be the {bin_bp}-bp bins of a chromosome of {length_bp} bp, which has {bins}; "
-            "give the whole chromosome"
+            f"{len(values)} values cannot be the {bin_bp}-bp bins of a chromosome of {length_bp} bp, which "
+            f"has {bins}; give the whole chromosome"
         )

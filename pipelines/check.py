@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class CheckReport:
     """What `check` found; nothing in it is wrong, `notes` are oddities worth knowing.
 
-    Tables: `chromosomes` (name, length, split, excluded share), `files` (role, track, file, rows, bases, oddities,
-    missing chromosomes), `tracks` (track, kind, split, bins, unmasked bins, and the mean, standard deviation and
-    maximum of the unmasked bins; the mean of a peaks track is its positive rate).
+    Tables: `chromosomes` (name, length, split, excluded share), `files` (role, track, file, rows, bases,
+    oddities, missing chromosomes), `tracks` (track, kind, split, bins, unmasked bins, and the mean, standard
+    deviation and maximum of the unmasked bins; the mean of a peaks track is its positive rate).
     """
 
     assembly: str
@@ -123,9 +123,10 @@ class Statistics:
 
 
 def check(config_path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> CheckReport:
-    """Compare names, lengths and coordinates of all files that a dataset YAML names, and report what they hold.
+    """Compare names, lengths and coordinates of all files of a dataset YAML, and report what they hold.
 
-    Every file is read whole (signal too); nothing is written but the genome's cache. Progress is on standard error.
+    Every file is read whole (signal too); nothing is written but the genome's cache. Progress is on standard
+    error.
 
     Raises:
         ConfigError: the YAML is refused.

@@ -1,4 +1,4 @@
-"""From finished parts to files: one bigWig per track, called regions, HDF5 arrays, and a summary of what they hold."""
+"""From finished parts to files: a bigWig per track, called regions, HDF5 arrays, and a summary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def collect(
     sequences: bool,
     thresholds: Mapping[str, float],
 ) -> tuple[tuple[Path, ...], dict[str, Any]]:
-    """Write the output files of a prediction whose parts are complete; memory is that of one track of one chromosome.
+    """Write the files of a prediction whose parts are complete; holds one track of one chromosome at a time.
 
     Args:
         folder: where to.

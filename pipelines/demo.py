@@ -1,4 +1,4 @@
-"""`demo`: the whole path on a simulated genome, from FASTA and peaks to a tested model, bigWigs and one HTML page."""
+"""`demo`: the whole path on a simulated genome, from FASTA and peaks to tested model, bigWigs and a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 
 from genossm.checkpoint import load
-from genossm.dataset import PreparedDataset
 from genossm.pipelines.demo_report import DemoRun, Step, write_demo_report
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.evaluate import evaluate
@@ -42,7 +41,7 @@ QUICK_TRAINING = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DemoResult:
-    """Where the demo wrote, its page, the table of test metrics (see `evaluate`) and the seconds of each step."""
+    """Where the demo wrote, its page, the test metrics (see `evaluate`) and the seconds of each step."""
 
     folder: Path
     report: Path
@@ -60,25 +59,25 @@ def demo(
 ) -> DemoResult:
     """Simulate a genome, prepare, train, evaluate and predict on it, and write OUT/report.html.
 
-    Below `out`: simulation/ (genome, peaks, cuts, truth), dataset/, run/, evaluation/, predictions/, report.html. Run
-    again, finished steps are found done and an interrupted training goes on; a line on standard error tells the
-    seconds of each step.
+    Below `out`: simulation/ (genome, peaks, cuts, truth), dataset/, run/, evaluation/, predictions/,
+    report.html. Run again, finished steps are found done and an interrupted training goes on; a line on
+    standard error tells the seconds of each step.
 
     Args:
         out: folder to write into.
         seed: of the genome and of the training.
         device: "cpu" (enough for the demo), "auto", "cuda" or "cuda:N".
-        quick: a much smaller genome and two short epochs, to try the machinery; the figures mean nothing then.
+        quick: a much smaller genome and two short epochs, to try the machinery; the figures mean nothing
+            then.
         batch_size: windows computed at once in `evaluate` and `predict`.
 
     Raises:
         DataError: `out` holds a demo of another seed or size, or something else.
         DeviceError: the device is not there.
     """
-    chosen = pick_device(device)
     folder = Path(out)
     clock = _Clock()
-    say(f"demo on {describe(chosen)}, seed {seed}, into {folder}")
+    say(f"demo on {describe(pick_device(device))}, seed {seed}, into {folder}")
     with clock.step("simulate"):
         simulation = _simulate(folder / "simulation", seed, quick)
     with clock.step("prepare"):
@@ -104,14 +103,7 @@ def demo(
         )
     report = folder / "report.html"
     with clock.step("report"):
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        write_demo_report(
-            report,
-            DemoRun(
-                folder, PreparedDataset(dataset.folder), table, describe(chosen), seed, parameters, quick
-            ),
-            clock.steps,
-        )
+        write_demo_report(report, DemoRun(folder, dataset, table, model, quick), clock.steps)
     say(f"demo done in {sum(step.seconds for step in clock.steps):.0f} s: open {report}")
     return DemoResult(folder, report, table, {step.name: step.seconds for step in clock.steps})
 

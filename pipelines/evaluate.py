@@ -1,4 +1,4 @@
-"""Score a model on whole held-out chromosomes: a table by track, curves, and the record of how they were made."""
+"""Score a model on whole held-out chromosomes: a table by track, curves, and a record of how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from genossm.errors import DataError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.outputs import plots
 from genossm.pipelines.device import describe, pick_device
-from genossm.pipelines.windowed import placed, precision_on, predict_chromosome
+from genossm.pipelines.windowed import placed, predict_chromosome
 from genossm.progress import progress, say
 from genossm.rebin import rebin, rebin_mean
 from genossm.targets import MASKED_SHARE, masked_bins, peak_bins
@@ -59,17 +59,18 @@ def evaluate(
     """Predict the chromosomes of a split and compare with the dataset, bin by bin, over unmasked bins only.
 
     Peaks tracks get `positive_rate`, `auroc` and `auprc` (average precision); signal tracks get `pearson` and
-    `spearman` of log1p values, or of the values themselves for a track of `loss: mse` (occupancy, not counts).
+    `spearman` of log1p values, or of the values themselves for a track of `loss: mse` (occupancy, not
+    counts).
 
     Args:
         model: a model or the folder of a run, or several, whose predictions are averaged.
         dataset: a prepared dataset or its folder.
         split: "train", "valid" or "test".
-        resolution: None scores the dataset's own bins. Otherwise a bin size in bp of at least those: predictions and
-            signal are re-binned by bases, a bin is positive when at least half of it lies in a peak, and bins of
-            which at least a quarter is excluded are left out.
-        out: folder for metrics.tsv, metrics.json (with models, dataset, device and versions), precision_recall.png
-            and calibration.png (the plots only where there is a peaks track).
+        resolution: None scores the dataset's own bins. Otherwise a bin size in bp of at least those:
+            predictions and signal are re-binned by bases, a bin is positive when at least half of it lies in
+            a peak, and bins of which at least a quarter is excluded are left out.
+        out: folder for metrics.tsv, metrics.json (with models, dataset, device and versions),
+            precision_recall.png and calibration.png (the plots only where there is a peaks track).
         device: "auto" (CUDA or an error), "cuda", "cuda:N" or "cpu".
         batch_size: windows computed at once; it does not change the result.
         allow_genome_mismatch: score a model on another assembly than it was trained on.
@@ -80,7 +81,8 @@ def evaluate(
         track, kind, bins, positive_rate, auroc, auprc, pearson, spearman; NaN where a figure does not apply.
 
     Raises:
-        DataError: unknown split or track, a track the model lacks or has as another kind, other bins or assembly.
+        DataError: unknown split or track, a track the model lacks or has as another kind, other bins or
+            assembly.
         DeviceError: the device is not there.
     """
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
@@ -114,7 +116,6 @@ def evaluate(
             "chromosomes": list(chroms),
             "resolution_bp": resolution or data.bin_bp,
             "device": describe(chosen),
-            "precision": precision_on(chosen),
             "versions": versions(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -125,7 +126,7 @@ def evaluate(
 def write_evaluation(
     folder: Path, bins: Sequence[TrackBins], table: pd.DataFrame, record: dict[str, Any]
 ) -> None:
-    """Write metrics.tsv, metrics.json and, where there is a peaks track with positives, the two plots to `folder`."""
+    """Write metrics.tsv, metrics.json and, where a peaks track has positives, the two plots to `folder`."""
     with atomic_path(folder / "metrics.tsv") as temporary:
         table.to_csv(temporary, sep="\t", index=False, float_format="%.6g", na_rep="NA")
     scored = [one for one in bins if one.track.kind == "peaks" and one.observed.any()]
@@ -162,9 +163,9 @@ def paired_bins(
 
     Args:
         predicted: float32 (bins, tracks), the dataset's bins over the whole chromosome, NaN = gap.
-        resolution_bp: None takes the dataset's bins and its mask. Otherwise a bin counts when less than a quarter of
-            its bases is excluded, less than a quarter has no signal, and there is a prediction. Peaks are taken from the intervals, so
-            that a label is exact.
+        resolution_bp: None takes the dataset's bins and its mask. Otherwise a bin counts when less than a
+            quarter of its bases is excluded, less than a quarter has no signal, and there is a prediction.
+            Peaks are taken from the intervals, so that a label is exact.
 
     Returns:
         One pair of float32 arrays (kept bins,) per track.
@@ -304,7 +305,8 @@ def _tell_trained(model: AccessibilityModel, chroms: Sequence[str]) -> None:
     seen = [chrom for chrom in chroms if chrom in trained]
     if seen:
         say(
-            f"note: the model was trained on {', '.join(seen)}; these figures say nothing about unseen sequence"
+            f"note: the model was trained on {', '.join(seen)}; these figures say nothing about unseen "
+            "sequence"
         )
 
 

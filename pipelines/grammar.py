@@ -1,4 +1,4 @@
-"""The motif grammar of the simulated genome: where sites stand, which of them are open, and the bases they are made of."""
+"""The motif grammar of the simulated genome: where sites stand, which are open, and what bases they have."""
 
 from __future__ import annotations
 
@@ -50,11 +50,13 @@ class Grammar:
         fractions = (self.pairs, self.single_a, self.single_b, self.far_pairs, self.promoters)
         if min(fractions) < 0 or sum(fractions) > 1:
             raise ConfigError(
-                f"the fractions of site kinds are {fractions}: each must be at least 0 and their sum at most 1; lower some"
+                f"the fractions of site kinds are {fractions}: each must be at least 0 and their sum at most "
+                "1; lower some"
             )
         if self.spacing_bp < 1200:
             raise ConfigError(
-                f"spacing_bp is {self.spacing_bp}: at least 1200 bp keep neighbouring sites apart; choose a larger one"
+                f"spacing_bp is {self.spacing_bp}: at least 1200 bp keep neighbouring sites apart; choose a "
+                "larger one"
             )
         if not 0 < self.enhancer_near_bp < self.enhancer_far_bp:
             raise ConfigError(
@@ -83,9 +85,10 @@ class PlantedMotif:
 class Site:
     """One planted site with its ground truth; coordinates 0-based half-open.
 
-    `start`-`end` spans the motifs; `region_start`-`region_end` is the stretch that is open, or would be if the rule
-    held. `rule` names what decides (`local`, `long_range`, `enhancer`), `enhancer_distance_bp` is, for promoters
-    only, the distance of the enhancer that opens it, or of the nearest one when it is closed; -1 when there is none.
+    `start`-`end` spans the motifs; `region_start`-`region_end` is the stretch that is open, or would be if
+    the rule held. `rule` names what decides (`local`, `long_range`, `enhancer`), `enhancer_distance_bp` is,
+    for promoters only, the distance of the enhancer that opens it, or of the nearest one when it is closed;
+    -1 when there is none.
     """
 
     start: int
@@ -108,7 +111,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimulatedChromosome:
-    """`codes` int8 (bases,), 0-3 = ACGT and 4 = N; `sites` by position; `cut_rate` float64 (bases,) expected cuts."""
+    """`codes` int8 (bases,), 0-3 = ACGT, 4 = N; `sites` by position; `cut_rate` float64 (bases,)."""
 
     codes: npt.NDArray[np.int8]
     sites: tuple[Site, ...]
@@ -116,7 +119,7 @@ class SimulatedChromosome:
 
 
 def load_motifs() -> dict[str, npt.NDArray[np.float64]]:
-    """The shipped motifs as probability matrices (positions, 4) in the order ACGT, read by Bio.motifs (JASPAR format)."""
+    """The shipped motifs (JASPAR, read by Bio.motifs) as probabilities (positions, 4), in the order ACGT."""
     parse: Any = bio_motifs.parse  # Biopython's own annotations are partial
     with files("genossm.data").joinpath("motifs.jaspar").open("r", encoding="utf-8") as handle:
         parsed = {motif.name: motif for motif in parse(handle, "jaspar")}
@@ -133,7 +136,7 @@ def build_chromosome(
     matrices: dict[str, npt.NDArray[np.float64]],
     rng: np.random.Generator,
 ) -> SimulatedChromosome:
-    """Draw one chromosome of `length_bp` bases: background, N runs, sites, and the expected cuts at each base."""
+    """Draw one chromosome of `length_bp` bases: background, N runs, sites, expected cuts at each base."""
     codes = _background(length_bp, rng)
     gaps = _gaps(length_bp, rng)
     centres, kinds = _assign_slots(length_bp, gaps, grammar, rng)
@@ -152,7 +155,7 @@ def build_chromosome(
 def opening_distance(
     centre: int, enhancers: npt.NDArray[np.int64], near_bp: int, far_bp: int
 ) -> tuple[bool, int]:
-    """Whether an enhancer stands `near_bp` to `far_bp` from `centre` (either side), and the distance that says so."""
+    """Whether an enhancer stands `near_bp` to `far_bp` from `centre`, either side, and its distance."""
     if enhancers.size == 0:
         return False, -1
     distances = np.abs(enhancers - centre)
@@ -193,8 +196,8 @@ def _assign_slots(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.str_]]:
     """Centres (sorted) and kinds of all sites of one chromosome.
 
-    Kinds are drawn independently of the enhancers' places, so how many promoters stand somewhere tells nothing about
-    whether they are open.
+    Kinds are drawn independently of the enhancers' places, so how many promoters stand somewhere tells
+    nothing about whether they are open.
     """
     slots = length_bp // grammar.spacing_bp
     play_bp = grammar.spacing_bp - 800
@@ -286,7 +289,8 @@ def _parts(
 def _sample(matrix: npt.NDArray[np.float64], strand: str, rng: np.random.Generator) -> npt.NDArray[np.int8]:
     """One instance of a motif: each position drawn from its own base probabilities.
 
-    Instances that have lost the motif are drawn again, so that the truth never rests on bases nobody could read.
+    Instances that have lost the motif are drawn again, so that the truth never rests on bases nobody could
+    read.
     """
     cumulative = np.cumsum(matrix, axis=1)
     positions = np.arange(len(matrix))

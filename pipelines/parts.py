@@ -1,4 +1,4 @@
-"""Predictions in parts: each part is a file that appears complete, so that a killed run goes on where it stopped."""
+"""Predictions in parts: files that appear complete, so that a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ Compute = Callable[[Sequence[Window]], Iterator[npt.NDArray[np.float32]]]
 
 
 class Parts:
-    """The part files of one prediction in `folder`/.parts; part i holds the values of a run of consecutive windows.
+    """The part files of one prediction in `folder`/.parts; part i holds a run of consecutive windows.
 
     A part is a `.npy` array float32 (tracks, bins): the target bins of its windows, one after the other.
 
     Args:
         folder: the output folder.
-        identity: what decides every value (model, genome, geometry, selection); a folder with other parts is refused.
+        identity: what decides every value (model, genome, geometry, selection); a folder with other parts is
+            refused.
         selection: windows in genome order.
         tracks: number of tracks.
 
@@ -60,7 +61,7 @@ class Parts:
                 shutil.rmtree(self.folder)
             else:
                 raise DataError(
-                    f"{folder} holds an unfinished prediction of another model, genome, selection or precision: "
+                    f"{folder} holds an unfinished prediction of another model, genome or selection: "
                     "choose another folder, or give force (--force) to discard it"
                 )
         if not plan.is_file():
@@ -81,9 +82,9 @@ class Parts:
     def complete(self, compute: Compute, advance: Callable[[int], object]) -> int:
         """Compute the parts that are not there yet and return how many were there already.
 
-        `compute` yields one array (target bins, tracks) per window, of all missing parts in one stream, so that its
-        batches cross the borders of parts; a part is written as soon as its last window is there. `advance` is told
-        the base pairs of finished parts found at the start (`compute` reports its own).
+        `compute` yields one array (target bins, tracks) per window, of all missing parts in one stream, so
+        that its batches cross the borders of parts; a part is written as soon as its last window is there.
+        `advance` is told the base pairs of finished parts found at the start (`compute` reports its own).
         """
         missing = []
         for index, group in enumerate(self._groups):
@@ -110,7 +111,7 @@ class Parts:
         return values
 
     def slices(self, chrom: str) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(first bin, float32 (bins, tracks)) of each window on a chromosome, not-asked-for bins NaN, read lazily."""
+        """(first bin, float32 (bins, tracks)) of each window on a chromosome; bins not asked for are NaN."""
         wanted = self.selection.wanted(chrom)
         for index, places in groupby(self._places[chrom], key=itemgetter(0)):
             stored = np.load(self._path(index), mmap_mode="r")

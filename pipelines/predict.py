@@ -1,4 +1,4 @@
-"""Predict every track along chromosomes, regions or sequences, window by window, into bigWig, narrowPeak and HDF5."""
+"""Predict every track along chromosomes, regions or sequences, into bigWig, narrowPeak and HDF5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from genossm.pipelines.collect import collect, file_names
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.parts import Parts
 from genossm.pipelines.selection import Selection, select
-from genossm.pipelines.windowed import placed, precision_on, predict_chromosome, predict_windows
+from genossm.pipelines.windowed import placed, predict_chromosome, predict_windows
 from genossm.progress import progress, say
 from genossm.version import versions
 
@@ -37,10 +37,10 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PredictionResult:
-    """What a prediction wrote: the folder, its files (bigWigs and others, in the order written), and a summary.
+    """What a prediction wrote: the folder, its files (in the order written), and a summary.
 
-    `summary` has `bases`, `bins`, `gap_bins` and, in `tracks`, for each track `file`, `mean`, `max` and, where regions
-    were called, `threshold` and `regions`.
+    `summary` has `bases`, `bins`, `gap_bins` and, in `tracks`, for each track `file`, `mean`, `max` and,
+    where regions were called, `threshold` and `regions`.
     """
 
     folder: Path
@@ -67,18 +67,20 @@ def predict(
 ) -> PredictionResult:
     """Predict all tracks of a model and write one bigWig per track into the folder `out`.
 
-    Bin i covers [i*bin, min((i+1)*bin, chromosome length)), 0-based half-open. Values are probabilities for peaks and
-    expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins of which more than
-    half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed grid, so a value depends
-    neither on the batch size (up to rounding, see `predict_windows`) nor on what else is predicted; regions see their
-    context in the reference. The model computes in bf16 on CUDA and in float32 on a CPU; outputs are float32.
+    Bin i covers [i*bin, min((i+1)*bin, chromosome length)), 0-based half-open. Values are probabilities for
+    peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins
+    of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
+    grid, so a value depends neither on the batch size (up to rounding, see `predict_windows`) nor on what
+    else is predicted; regions see their context in the reference. The model computes in bf16 on CUDA and in
+    float32 on a CPU; outputs are float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 
     Args:
         model: a model or the path of a run.
         genome: a genome or the path of a FASTA; None only when `sequences` are given.
-        out: folder for `<track>.bw`, `<track>.narrowPeak`, `predictions.h5` (or `sequences.h5`) and `run.json`.
+        out: folder for `<track>.bw`, `<track>.narrowPeak`, `predictions.h5` (or `sequences.h5`) and
+            `run.json`.
         chroms: whole chromosomes; all of the genome when neither these nor regions are named.
         regions: regions such as "chr1:1000-2000" (0-based half-open); bins that overlap them are written.
         bed: the same from a BED file.
@@ -88,7 +90,8 @@ def predict(
         device: auto, cuda, cuda:N or cpu.
         hdf5: write `predictions.h5` as well.
         call_peaks: call regions of each peaks track.
-        threshold: lowest probability in a called region; by default the model's own, or 0.5 where it has none.
+        threshold: lowest probability in a called region; by default the model's own, or 0.5 where it has
+            none.
         force: replace another prediction in `out`.
 
     Raises:
@@ -123,9 +126,7 @@ def predict(
         say(f"{folder} already holds this prediction; nothing to do")
         return PredictionResult(folder, tuple(folder / name for name in earlier["files"]), earlier["summary"])
 
-    # What is finished on one device stands on any other, but one output never mixes precisions.
-    precision = precision_on(chosen)
-    parts = Parts(folder, identity | {"precision": precision}, selection, len(tracks), force=force)
+    parts = Parts(folder, identity, selection, len(tracks), force=force)
     with (
         placed(network, chosen),
         progress(total=selection.target_bp, unit="bp", description="predict", scale=True) as bar,
@@ -159,7 +160,6 @@ def predict(
         "options": options,
         "batch_size": batch_size,
         "device": describe(chosen),
-        "precision": precision,
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
@@ -213,7 +213,8 @@ def _track_names(model: AccessibilityModel) -> list[str]:
     for name in names:
         if not name or name.startswith(".") or "/" in name or os.sep in name:
             raise DataError(
-                f"the track {name!r} cannot name a file: rename it in the dataset YAML (no slash, no dot in front)"
+                f"the track {name!r} cannot name a file: rename it in the dataset YAML (no slash, no dot in "
+                "front)"
             )
     return names
 
@@ -255,7 +256,7 @@ def _identity(model: AccessibilityModel, genome: Genome, selection: Selection, m
 
 
 def _earlier(folder: Path, identity: Mapping[str, Any], names: Sequence[str], force: bool) -> dict[str, Any]:
-    """The run.json of an earlier prediction in `folder` ({} where there is none); another's folder is refused."""
+    """The run.json of an earlier prediction in `folder` ({} where there is none); refuses another's."""
     path = folder / "run.json"
     if not path.is_file():
         present = [name for name in names if (folder / name).exists()]
@@ -276,4 +277,3 @@ def _earlier(folder: Path, identity: Mapping[str, Any], names: Sequence[str], fo
             "choose another folder, or give force (--force) to replace it"
         )
     return record if same else {"files": record.get("files", [])}
-

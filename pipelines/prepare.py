@@ -1,7 +1,7 @@
 """`prepare`: genome, peaks and signal in, a prepared dataset folder out; complete or not at all.
 
-The folder is written under a temporary name beside its own, and renamed when it is complete. It is made again only
-when the configuration or an input file has changed.
+The folder is written under a temporary name beside its own, and renamed when it is complete. It is made again
+only when the configuration or an input file has changed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import h5py
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_BLOCK_BYTES = 1 << 26
+_BLOCK_BYTES = 1 << 24
 _CHUNK_BYTES = 1 << 18
 
 
@@ -75,11 +76,12 @@ def prepare(
     if previous is not None and not force and _unchanged(previous, config):
         say(f"{out} is up to date: configuration and input files are those it was made from")
         return PreparedDataset(folder)
+    stamps = _stamps(config)
     inputs = open_inputs(config)
     windows = plan_windows(inputs)
     say(
-        f"preparing {config.assembly}: {len(inputs.lengths)} chromosomes, {sum(inputs.lengths.values()) / 1e6:.1f} Mb, "
-        f"{len(config.tracks)} tracks, {len(windows)} windows"
+        f"preparing {config.assembly}: {len(inputs.lengths)} chromosomes, "
+        f"{sum(inputs.lengths.values()) / 1e6:.1f} Mb, {len(config.tracks)} tracks, {len(windows)} windows"
     )
     for note in inputs.notes:
         say(f"note: {note}")
@@ -90,6 +92,7 @@ def prepare(
         for note in (late := statistics.notes(config.tracks)):
             say(f"note: {note}")
         content = _describe(inputs, statistics, as_written, folder, [*inputs.notes, *late])
+        content["provenance"]["inputs"] = _fingerprints(config, stamps)
         content["files"] = {name: (stage / name).stat().st_size for name in (TARGETS_NAME, WINDOWS_NAME)}
         (stage / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return PreparedDataset(folder)
@@ -123,7 +126,7 @@ def plan_windows(inputs: DatasetInputs) -> list[Window]:
 
 
 def _write_targets(path: Path, inputs: DatasetInputs) -> Statistics:
-    """Write targets.h5 chromosome by chromosome, tracks passing through scratch files so that memory stays bounded."""
+    """Write targets.h5, one chromosome at a time; tracks pass through scratch files to bound the memory."""
     statistics = Statistics()
     tracks = inputs.config.tracks
     total_bp = sum(inputs.lengths.values()) * len(tracks)
@@ -172,9 +175,8 @@ def _transpose(scratch: Path, group: h5py.Group, name: str, dtype: np.dtype[Any]
 def _describe(
     inputs: DatasetInputs, statistics: Statistics, as_written: str, folder: Path, notes: list[str]
 ) -> dict[str, Any]:
-    """The content of dataset.json, but for the sizes of the files beside it."""
+    """The content of dataset.json, but for the inputs' fingerprints and the sizes of the files beside it."""
     config = inputs.config
-    genome_file = _fingerprint(config.genome)
     summary = statistics.to_mapping()
     return {
         "format": FORMAT,
@@ -203,7 +205,6 @@ def _describe(
             "numpy": np.__version__,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "genome_sequence_sha256": inputs.genome.sha256,
-            "inputs": [genome_file, *(_fingerprint(file) for file in _input_files(config)[1:])],
             "files": [to_mapping(item) for item in inputs.files],
             "notes": notes,
         },
@@ -215,6 +216,25 @@ def _input_files(config: DatasetConfig) -> list[str]:
     return list(dict.fromkeys([config.genome, *config.exclude, *(track.file for track in config.tracks)]))
 
 
+def _stamps(config: DatasetConfig) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each input file that is there."""
+    files = {path: os.stat(path) for path in _input_files(config) if os.path.isfile(path)}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in files.items()}
+
+
+def _fingerprints(config: DatasetConfig, stamps: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Size, time and hash of each input file.
+
+    Raises:
+        DataError: one is not what it was when `stamps` were taken, so that other content may have been read.
+    """
+    entries = [_fingerprint(path) for path in _input_files(config)]
+    for entry in entries:
+        if (entry["bytes"], entry["mtime_ns"]) != stamps.get(entry["path"]):
+            raise DataError(f"{entry['path']} was changed while it was being read: run prepare again")
+    return entries
+
+
 def _fingerprint(path: str) -> dict[str, Any]:
     status = os.stat(path)
     with open(path, "rb") as file:
@@ -223,7 +243,7 @@ def _fingerprint(path: str) -> dict[str, Any]:
 
 
 def _previous(folder: Path) -> dict[str, Any] | None:
-    """dataset.json of what is at `folder`, {} where that dataset is incomplete or of another version, None if nothing.
+    """dataset.json of what is at `folder`, {} if that is incomplete or of another version, None if nothing.
 
     Raises:
         DataError: something else is there; it is left alone.
@@ -259,27 +279,23 @@ def _format_of(path: Path) -> object:
 
 
 def _unchanged(previous: dict[str, Any], config: DatasetConfig) -> bool:
-    """Whether configuration and input files are those of `previous`; a file is compared by hash if its time differs."""
+    """Whether configuration and input files are those of `previous`; by hash where a file's time differs."""
     if previous.get("config") != to_mapping(config):
         return False
     recorded = {entry["path"]: entry for entry in previous["provenance"]["inputs"]}
-    for path in _input_files(config):
-        if path not in recorded or not os.path.isfile(path):
-            return False
-        status = os.stat(path)
-        if (status.st_size, status.st_mtime_ns) == (recorded[path]["bytes"], recorded[path]["mtime_ns"]):
-            continue
-        if (
-            status.st_size != recorded[path]["bytes"]
-            or _fingerprint(path)["sha256"] != recorded[path]["sha256"]
-        ):
-            return False
-    return True
+    stamps = _stamps(config)
+    if set(recorded) != set(_input_files(config)) or set(recorded) != set(stamps):
+        return False
+    return all(
+        stamps[path] == (entry["bytes"], entry["mtime_ns"])
+        or (stamps[path][0] == entry["bytes"] and _fingerprint(path)["sha256"] == entry["sha256"])
+        for path, entry in recorded.items()
+    )
 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; it takes that place on success, and is removed on any failure.
+    """Yield a temporary folder beside `folder`; it takes that place on success, and is removed on failure.
 
     Raises:
         FileError: the disk is full, or the parent folder cannot be written.
@@ -297,8 +313,8 @@ def _staging(folder: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and not isinstance(error, FileError):
             if error.errno in _FULL:
                 raise FileError(
-                    f"no space left on the disk while writing {folder}; nothing was left behind: free some space or "
-                    "choose another folder, then run the command again"
+                    f"no space left on the disk while writing {folder}; nothing was left behind: free some "
+                    "space or choose another folder, then run the command again"
                 ) from error
             if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
                 raise FileError(
@@ -324,11 +340,11 @@ def _put_in_place(stage: Path, folder: Path) -> None:
 
 def _remove_stale(parent: Path, prefix: str) -> None:
     """Remove what a killed prepare of the same folder left on this machine; a living one's is left alone."""
+    # Exactly our names: a host called "node" must leave alone what one called "node-1" is at.
+    own = re.compile(rf"{re.escape(prefix)}(\d+)-[0-9a-f]{{8}}(-old)?")
     for entry in parent.iterdir():
-        if not entry.name.startswith(prefix):
-            continue
-        process = entry.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _alive(int(process)):
+        found = own.fullmatch(entry.name)
+        if found is not None and not _alive(int(found[1])):
             say(f"removing {entry.name}, which a prepare that was killed left behind")
             shutil.rmtree(entry, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What a prediction covers: chromosomes, regions and BED rows turned into wanted bins and the windows that give them."""
+"""What a prediction covers: chromosomes, regions and BED rows as bins and the windows that hold them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from genossm.windows import Window, target_of, tile
 class Selection:
     """Wanted bins and the windows that hold them, both in genome order.
 
-    `bins[chrom]` is int64 (n, 2): sorted, disjoint half-open ranges of bin numbers. Windows lie on the same grid as
-    those of the whole chromosome, so a bin's value never depends on what else was asked for.
+    `bins[chrom]` is int64 (n, 2): sorted, disjoint half-open ranges of bin numbers. Windows lie on the same
+    grid as those of the whole chromosome, so a bin's value never depends on what else was asked for.
     """
 
     lengths: Mapping[str, int]
@@ -66,7 +66,7 @@ def select(
     regions: str | Interval | Sequence[str | Interval] | None = None,
     bed: str | os.PathLike[str] | None = None,
 ) -> Selection:
-    """Choose whole chromosomes (all of them when nothing is named), or the bins that overlap regions and BED rows.
+    """Choose whole chromosomes (all when nothing is named), or the bins that overlap regions and BED rows.
 
     Args:
         lengths: chromosome lengths in bp, in genome order.
@@ -116,8 +116,8 @@ def _overlapping(
 ) -> list[Window]:
     targets = np.array([target_of(window, margin_bp, length_bp) for window in grid], dtype=np.int64)
     starts, ends = ranges[:, 0] * bin_bp, ranges[:, 1] * bin_bp
-    # The ranges are sorted and disjoint: a target meets one when the first range that ends after the target's start
-    # begins before the target's end.
+    # The ranges are sorted and disjoint: a target meets one when the first range that ends after the target's
+    # start begins before the target's end.
     candidate = np.searchsorted(ends, targets[:, 0], side="right")
     meets = candidate < len(starts)
     meets[meets] = starts[candidate[meets]] < targets[meets, 1]
@@ -132,7 +132,8 @@ def _parse(region: str | Interval, lengths: Mapping[str, int]) -> Interval:
     _check_names([region.chrom], lengths, f"the region {region}")
     if region.start < 0 or region.end > lengths[region.chrom]:
         raise DataError(
-            f"the region {region} does not lie inside {region.chrom} (0-{lengths[region.chrom]}): correct its ends"
+            f"the region {region} does not lie inside {region.chrom} (0-{lengths[region.chrom]}): correct "
+            "its ends"
         )
     return region
 

@@ -1,4 +1,4 @@
-"""Simulate a small genome whose regulatory grammar is known: sequence, peaks, cut counts, and the truth behind them."""
+"""Simulate a small genome of known regulatory grammar: sequence, peaks, cut counts, and the truth."""
 
 from __future__ import annotations
 
@@ -52,20 +52,21 @@ def simulate(
 ) -> Path:
     """Write a simulated genome with planted motif grammar into the folder `out` and return that folder.
 
-    Three rules decide what is open. Local: motifs A and B within 60 bp, either order and orientation, are open; A
-    alone, B alone, and A with B further apart are closed. Long range: motif P is open only where an enhancer motif E
-    stands 10-60 kb away on either side. Enhancers themselves are open. Cuts are Poisson counts at each base.
+    Three rules decide what is open. Local: motifs A and B within 60 bp, either order and orientation, are
+    open; A alone, B alone, and A with B further apart are closed. Long range: motif P is open only where an
+    enhancer motif E stands 10-60 kb away on either side. Enhancers themselves are open. Cuts are Poisson
+    counts at each base.
 
-    Files (coordinates 0-based half-open): `genome.fa`; `peaks.narrowPeak` (the open regions); `signal.bw` (cuts at
-    each base, bases without a cut absent); `truth.tsv` (every planted site: chrom, start, end of its motifs, kind,
-    strand, open 1/0, rule, enhancer_distance_bp or -1, region_start and region_end of the stretch that is or would
-    be open, each motif as NAME@start and strand); `dataset.yaml` for `prepare`; `simulation.json` (parameters,
-    counts). The same arguments give byte-identical files. The folder appears complete or not at all; one that already
-    holds this very simulation is left as it is.
+    Files (coordinates 0-based half-open): `genome.fa`; `peaks.narrowPeak` (the open regions); `signal.bw`
+    (cuts at each base, bases without a cut absent); `truth.tsv` (every planted site: chrom, start, end of its
+    motifs, kind, strand, open 1/0, rule, enhancer_distance_bp or -1, region_start and region_end of the
+    stretch that is or would be open, each motif as NAME@start and strand); `dataset.yaml` for `prepare`;
+    `simulation.json` (parameters, counts). The same arguments give byte-identical files. The folder appears
+    complete or not at all; one that already holds this very simulation is left as it is.
 
     Args:
-        chromosomes: how many, at least 3: the last one in six (at least one) is the test split, as many before it
-            the validation split.
+        chromosomes: how many, at least 3: the last one in six (at least one) is the test split, as many
+            before it the validation split.
         chromosome_bp: length of each, at least 20,000 bp.
         window_bp, margin_bp, bin_bp: written to `dataset.yaml`.
         grammar: densities and distances; the defaults make 4-5 % of the 32-bp bins positive.
@@ -131,7 +132,8 @@ def simulate(
         _move_in(temporary, folder)
     except OSError as error:
         raise FileError(
-            f"cannot write the simulation to {folder}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write the simulation to {folder}: {error.strerror or error}; free space or choose "
+            "another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +141,7 @@ def simulate(
 
 
 def _holds_simulation(folder: Path, parameters: dict[str, object], force: bool) -> bool:
-    """True when `folder` is this simulation, False when it may be written; an error when it is something else."""
+    """True when `folder` is this simulation, False when it may be written; anything else is an error."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     record = folder / "simulation.json"
@@ -161,7 +163,7 @@ def _holds_simulation(folder: Path, parameters: dict[str, object], force: bool) 
 
 
 def _move_in(temporary: Path, folder: Path) -> None:
-    """Put the finished files in place; in an earlier simulation's folder nothing but its own files is replaced."""
+    """Put the finished files in place; of an earlier simulation's folder only its own are replaced."""
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(temporary, folder)
         return

@@ -1,21 +1,20 @@
-"""Window by window through a model: tiles of the training window, margins cropped, bins of mostly N left out as NaN."""
+"""Window by window through a model: margins cropped, batches of any size, bins of mostly N are NaN."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from genossm.errors import DataError
+from genossm.errors import DataError, DeviceError
 from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
+from genossm.pipelines.device import describe
 from genossm.pipelines.selection import select
 from genossm.sequence import NO_BASE
 from genossm.windows import Window, target_of
@@ -46,8 +45,8 @@ def predict_chromosome(
         start, end: base pairs, 0-based half-open; None is the chromosome's end.
 
     Returns:
-        float32 (bins, tracks): the bins that overlap [start, end), the first being number start // bin. Bins of which
-        more than half is N are NaN.
+        float32 (bins, tracks): the bins that overlap [start, end), the first being number start // bin. Bins
+        of which more than half is N are NaN.
 
     Raises:
         DataError: the chromosome is unknown or the range does not lie inside it.
@@ -82,29 +81,25 @@ def predict_windows(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """For each window its target bins inside the chromosome, float32 (bins, tracks), in the order of `windows`.
+    """For each window, in order, its target bins inside the chromosome: float32 (bins, tracks).
 
-    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. On CUDA the model
-    computes in bf16 (see `precision_on`), and the next batch is read and under way while one is handed out.
+    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. Everything is
+    computed in float32; batches of another size differ by rounding only, by less than 1e-5 of a probability.
 
-    Batches of another size differ by rounding only: by less than 1e-5 in float32; in bf16, where a GPU picks its
-    matrix kernels by shape, by less than 0.02 of a probability and 2 % of an expected value.
+    Raises:
+        DataError: the model gives NaN or infinity.
+        DeviceError: a batch does not fit into the device's memory.
     """
     place = torch.device(device)
     model = model.to(place).eval()
-    ahead = 1 if place.type == "cuda" else 0
-    running: deque[_Batch] = deque()
-    for items in _batches(model, genome, windows, batch_size):
-        running.append(_launch(model, items, place))
-        if len(running) > ahead:
-            yield from _finish(running.popleft(), len(model.tracks), progress)
-    for batch in running:
-        yield from _finish(batch, len(model.tracks), progress)
-
-
-def precision_on(device: torch.device) -> Literal["bf16", "float32"]:
-    """What a prediction computes in: bf16 where it is fast (autocast on CUDA), float32 elsewhere. Outputs are float32."""
-    return "bf16" if device.type == "cuda" else "float32"
+    try:
+        for items in _batches(model, genome, windows, batch_size):
+            yield from _computed(model, items, place, progress)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{describe(place)} has not enough memory for batches of {batch_size} windows of "
+            f"{model.window_bp:,} bp; lower the batch size (--batch-size)"
+        ) from error
 
 
 @contextmanager
@@ -128,15 +123,6 @@ class _Item:
     target_bp: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Launched windows: `values` float32 (windows with codes, target bins, tracks) is there once `done` is."""
-
-    items: Sequence[_Item]
-    values: torch.Tensor | None
-    done: torch.cuda.Event | None
-
-
 def _batches(
     model: AccessibilityModel, genome: Genome, windows: Iterable[Window], batch_size: int
 ) -> Iterator[list[_Item]]:
@@ -157,45 +143,30 @@ def _batches(
         yield items
 
 
-def _launch(model: AccessibilityModel, items: Sequence[_Item], device: torch.device) -> _Batch:
-    """Start one batch through the model, margins cropped; on CUDA this returns before it is computed."""
+def _computed(
+    model: AccessibilityModel, items: Sequence[_Item], device: torch.device, progress: Progress | None
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The values of each window of one batch, margins cropped."""
     batch = [item.codes for item in items if item.codes is not None]
-    if not batch:
-        return _Batch(items, None, None)
-    cuda = device.type == "cuda"
-    tokens = torch.from_numpy(np.stack(batch))
-    margin_bins = model.margin_bp // model.bin_bp
-    bf16 = precision_on(device) == "bf16"
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        if cuda:
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        values = model.predict(tokens).float()
-        values = values[:, margin_bins : values.shape[1] - margin_bins].contiguous()
-        if not cuda:
-            return _Batch(items, values, None)
-        fetched = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        fetched.copy_(values, non_blocking=True)
-        return _Batch(items, fetched, torch.cuda.current_stream(device).record_event())
-
-
-def _finish(batch: _Batch, tracks: int, progress: Progress | None) -> Iterator[npt.NDArray[np.float32]]:
-    """Wait for a batch and hand out the values of each of its windows."""
-    if batch.done is not None:
-        batch.done.synchronize()
-    outputs = iter(() if batch.values is None else batch.values.numpy())
-    for item in batch.items:
-        values = np.full((len(item.gap), tracks), np.nan, dtype=np.float32)
+    outputs: Iterator[npt.NDArray[np.float32]] = iter(())
+    if batch:
+        margin_bins = model.margin_bp // model.bin_bp
+        with torch.inference_mode():
+            values = model.predict(torch.from_numpy(np.stack(batch)).to(device)).float()
+            outputs = iter(values[:, margin_bins : values.shape[1] - margin_bins].cpu().numpy())
+    for item in items:
+        values_of_window = np.full((len(item.gap), len(model.tracks)), np.nan, dtype=np.float32)
         if item.codes is not None:
             present = ~item.gap
-            values[present] = next(outputs)[: len(item.gap)][present]
-            if not np.isfinite(values[present]).all():
+            values_of_window[present] = next(outputs)[: len(item.gap)][present]
+            if not np.isfinite(values_of_window[present]).all():
                 raise DataError(
-                    "the model gave NaN or infinity where the genome has bases: its weights are damaged or overflowed; "
-                    "train it again"
+                    "the model gave NaN or infinity where the genome has bases: its weights are damaged or "
+                    "overflowed; train it again"
                 )
         if progress is not None:
             progress(item.target_bp)
-        yield values
+        yield values_of_window
 
 
 def _gap_bins(

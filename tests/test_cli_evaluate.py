@@ -92,7 +92,7 @@ def test_several_runs_are_an_ensemble(folder: Path, capsys: pytest.CaptureFixtur
         (["--resolution", "0"], 2, "0 is not in the range"),
         (["--resolution", "16"], 1, "error: resolution 16 bp is finer than the 32-bp bins"),
         (["--track", "peeks"], 1, "has no track peeks"),
-        (["--dataset", "nowhere"], 1, "error: nowhere is no prepared dataset"),
+        (["--dataset", "nowhere"], 1, "nowhere is no prepared dataset"),
     ],
 )
 def test_bad_usage_is_2_and_bad_data_is_1(

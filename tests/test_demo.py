@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyBigWig
 import pytest
 
+from genossm.checkpoint import load
 from genossm.dataset import PreparedDataset
 from genossm.errors import DataError
 from genossm.pipelines import demo_report
@@ -54,6 +56,35 @@ def test_page_is_offline_and_shows_the_figures(quick_demo: DemoResult) -> None:
     assert "hardly trained" in html and "chr3" in html and "CPU" in html
     stored = json.loads((quick_demo.folder / "evaluation" / "metrics.json").read_text())
     assert stored["tracks"][0]["auprc"] == pytest.approx(peaks["auprc"])
+
+
+def test_page_says_what_the_training_windows_allow(quick_demo: DemoResult, tmp_path: Path) -> None:
+    def page(dataset_bp: int, trained_bp: int | None) -> str:
+        model, data = load(quick_demo.folder / "run"), PreparedDataset(quick_demo.folder / "dataset")
+        model.provenance["train"]["window_bp"] = trained_bp
+        model.provenance |= {"device": "an abacus", "versions": {"torch": "0.0.7"}, "seed": 41}
+        data.window_bp = dataset_bp
+        run = demo_report.DemoRun(quick_demo.folder, data, quick_demo.table, model, quick=False)
+        demo_report.write_demo_report(tmp_path / "page.html", run, [])
+        return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+    short, full = page(131_072, 16_384), page(131_072, None)
+    chance = "the long-range rule is expected at chance here"
+    for words in (
+        "trained on pieces of 16,384 bp, so that minutes on a CPU suffice",
+        chance,
+        "train.window_bp: null",
+    ):
+        assert words in short and words not in full
+    assert "chance is expected of training on 16,384-bp pieces" in short
+    assert "trained on windows of 131,072 bp, which hold a promoter and its enhancer together" in full
+    # what is said of the training is what the run stored, not what made the page
+    assert (
+        "torch 0.0.7" in short and "on an abacus, on windows of 16,384 bp" in short and "--seed 41" in short
+    )
+    # no longer windows are on offer where the dataset's own are as short
+    quick = quick_demo.report.read_text(encoding="utf-8")
+    assert chance in quick and "train.window_bp: null" not in quick
 
 
 def test_bigwig_of_the_test_chromosome_is_whole(quick_demo: DemoResult) -> None:

@@ -1,4 +1,4 @@
-"""genossm.pipelines.evaluate with a model that counts bases, so that every figure can be worked out apart from it."""
+"""genossm.pipelines.evaluate with a model that counts bases, so that every figure can be worked out apart."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from genossm.dataset import PreparedDataset
 from genossm.errors import DataError, DeviceError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import TrackHead
-from genossm.pipelines.evaluate import evaluate
+from genossm.pipelines.evaluate import evaluate, paired_bins
 from genossm.pipelines.prepare import prepare
 
 
 class BaseCounter(AccessibilityModel):
-    """Predicts the GC share of a bin for peaks tracks and its number of A for signal tracks; nothing is learned."""
+    """Predicts the GC share of a bin for peaks and its number of A for signal; nothing is learned."""
 
     def __init__(
         self, tracks: tuple[tuple[str, str], ...], *, bin_bp: int = 32, assembly: str = "tiny"
@@ -135,6 +135,24 @@ def test_other_resolution_counts_bases(dataset: PreparedDataset) -> None:
     )
     expected = np.corrcoef(np.log1p(observed), np.log1p(predicted))[0, 1]
     assert signal["pearson"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_bin_without_a_prediction_is_left_out_at_another_resolution(dataset: PreparedDataset) -> None:
+    # a short last bin can keep few bases of a 32-bp bin that is mostly N: no prediction reaches it
+    predicted = np.full((dataset.bins("chrB"), 2), 0.5, np.float32)
+    whole = paired_bins(dataset, "chrB", dataset.tracks, predicted, 200)
+    predicted[-1] = np.nan  # 20011 bp: the last bin of 32 holds the last of 200
+    cut = paired_bins(dataset, "chrB", dataset.tracks, predicted, 200)
+    for (labels, before), (fewer, after) in zip(whole, cut, strict=True):
+        assert np.isfinite(after).all() and len(after) == len(before) - 1
+        np.testing.assert_array_equal(fewer, labels[:-1])
+
+
+def test_plots_of_an_earlier_evaluation_do_not_stay(dataset: PreparedDataset, tmp_path: Path) -> None:
+    evaluate(BaseCounter(TRACKS), dataset, split="valid", device="cpu", out=tmp_path)
+    assert (tmp_path / "calibration.png").exists()
+    evaluate(BaseCounter(TRACKS), dataset, split="valid", device="cpu", out=tmp_path, tracks=["signal"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "metrics.tsv"]
 
 
 def test_batch_size_does_not_matter(dataset: PreparedDataset) -> None:

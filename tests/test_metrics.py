@@ -53,7 +53,8 @@ def test_ranking_metrics_equal_their_definitions_with_many_ties(rows: list[tuple
 def test_hand_counted_example_with_ties() -> None:
     labels = np.array([1, 0, 1, 0, 0, 1])
     scores = np.array([0.9, 0.9, 0.5, 0.5, 0.1, 0.1])
-    # 0.9: 1 of 2 right, recall 1/3; 0.5: 2 of 4, recall 2/3; 0.1: 3 of 6, recall 1: every step has precision 1/2
+    # 0.9: 1 of 2 right, recall 1/3; 0.5: 2 of 4, recall 2/3; 0.1: 3 of 6, recall 1: every step has precision
+    # 1/2
     assert metrics.auprc(labels, scores) == pytest.approx(0.5)
     # pairs: 0.9 beats 2, ties 1; 0.5 beats 1, ties 1; 0.1 ties 1 -> (2.5 + 1.5 + 0.5) / 9
     assert metrics.auroc(labels, scores) == pytest.approx(4.5 / 9)

@@ -1,4 +1,4 @@
-"""genossm.outputs.plots: figures hold the values they are given, need no display and leave matplotlib as it was."""
+"""genossm.outputs.plots: figures hold the values they are given and need no display or global settings."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ def test_calibration_plot_names_the_error(scored: tuple[np.ndarray, np.ndarray],
 def test_training_plot_marks_the_best_validation() -> None:
     figure = plots.training_plot(([1, 2, 3], [0.9, 0.5, 0.4]), ([1, 2, 3], [0.1, 0.6, 0.5]))
     best = figure.axes[1].get_lines()[1]
+    flat = plots.training_plot(
+        ([1], [0.9]), ([1, 2], [0.077, 0.077])
+    )  # a level curve is not cut off at the top
+    assert flat.axes[1].get_ylim() == pytest.approx((0, 1.12 * 0.077))
     assert (best.get_xdata()[0], best.get_ydata()[0]) == (2, 0.6)
     assert "best 0.600 (kept)" in [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     empty = plots.training_plot(([], []), ([], []))

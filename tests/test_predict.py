@@ -1,4 +1,4 @@
-"""Prediction against an independent per-bin computation, and its promises: grid, gaps, resume, refusals, real genomes."""
+"""Prediction against an independent per-bin computation, and its promises: grid, gaps, resume, refusals."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from genossm.models.encoder import EncoderConfig
 from genossm.models.heads import TrackHead
 from genossm.models.stem import StemConfig
 from genossm.pipelines import parts as parts_module
+from genossm.pipelines import predict as predict_module
+from genossm.pipelines.parts import Parts
 from genossm.pipelines.predict import predict, predict_chromosome
+from genossm.pipelines.selection import select
 
 BIN_BP, REACH_BINS = 32, 5
 TRACKS = (TrackHead("gc", "peaks", "bce"), TrackHead("a_count", "signal", "poisson", "sum"))
 
 
 class CountingModel(nn.Module):
-    """GC fraction of the 11 bins around a bin (all bins read no further than the margin), and its number of A."""
+    """GC fraction of the 11 bins around a bin (no further than the margin), and its number of A."""
 
     def __init__(self, window_bp: int = 1024, margin_bp: int = 192, fail_after: int | None = None) -> None:
         super().__init__()
@@ -46,12 +49,14 @@ class CountingModel(nn.Module):
         self.equivariant, self.assembly, self.provenance = True, "tiny", {"seed": 1}
         self.threshold = {"gc": 0.55}
         self.windows, self.fail_after = 0, fail_after
+        self.batches: list[int] = []
 
     def predict(self, tokens: Tensor) -> Tensor:
         assert tokens.dtype == torch.int8
         assert tokens.shape[1] == self.window_bp
         assert not self.training
         self.windows += len(tokens)
+        self.batches.append(len(tokens))
         if self.fail_after is not None and self.windows > self.fail_after:
             raise KeyboardInterrupt
         bins = tokens.reshape(len(tokens), -1, BIN_BP)
@@ -80,7 +85,7 @@ def expected(genome: Genome, chrom: str) -> npt.NDArray[np.float32]:
 
 
 def from_bigwig(path: Path, chrom: str, length_bp: int) -> npt.NDArray[np.float32]:
-    """Per-bin values, NaN = gap, equal by two readers; fails unless records are sorted, disjoint, one bin each."""
+    """Per-bin values, NaN = gap, by two readers; fails unless records are sorted, disjoint, one bin each."""
     values = np.full(-(-length_bp // BIN_BP), np.nan, dtype=np.float32)
     with pyBigWig.open(str(path)) as handle:
         records = handle.intervals(chrom) or ()
@@ -96,7 +101,7 @@ def from_bigwig(path: Path, chrom: str, length_bp: int) -> npt.NDArray[np.float3
 
 @pytest.fixture(scope="module")
 def genome(tmp_path_factory: pytest.TempPathFactory) -> Genome:
-    """long: N runs that end inside bins and a last bin of 5 bp; short: less than a window; tail: ends in N."""
+    """long: N runs that end inside bins, a last bin of 5 bp; short: less than a window; tail: ends in N."""
     folder = tmp_path_factory.mktemp("genome")
     random = np.random.default_rng(11)
     lengths = {"chrLong": 20_005, "chrShort": 100, "chrOne": 3, "chrTail": 3_000}
@@ -207,6 +212,51 @@ def test_a_real_model_does_not_depend_on_the_batch_size(genome: Genome) -> None:
         np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
+def test_batches_are_full_across_parts_and_chromosomes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 2)
+    model, parts = CountingModel(), CountingModel()
+    result = run("whole", model, batch_size=7)
+    assert len(model.batches) > 3
+    assert set(model.batches[:-1]) == {7} and 1 <= model.batches[-1] <= 7
+    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 1000)
+    other = run("other", parts, batch_size=3)
+    for name in ("gc.bw", "a_count.bw"):
+        assert (other.folder / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+def test_finished_parts_are_found_with_all_their_bases(genome: Genome, tmp_path: Path) -> None:
+    regions = ["chrLong:3000-9999", "chrLong:19990-20005", "chrTail"]
+    selection = select(genome.lengths, window_bp=1024, margin_bp=192, bin_bp=BIN_BP, regions=regions)
+
+    def compute(windows: Any) -> Any:
+        for window in windows:
+            first, stop = selection.target_bins(window)
+            yield np.full((stop - first, 2), float(first), dtype=np.float32)
+
+    done: list[int] = []
+    assert Parts(tmp_path, {}, selection, 2).complete(compute, done.append) == 0
+    assert done == []
+    found = Parts(tmp_path, {}, selection, 2).complete(lambda windows: iter(()), done.append)
+    assert found == 1
+    # whole targets of 640 bp: 2560-10240 and 19840-20005 of chrLong, all of chrTail
+    assert sum(done) == selection.target_bp == 7_680 + 165 + 3_000
+
+
+def test_the_model_is_left_where_and_how_it_was(run: Run) -> None:
+    model = CountingModel().train()
+    run(model=model)
+    assert model.training
+
+
+def test_a_device_that_is_too_small_is_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: CountingModel, tokens: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CountingModel, "predict", full)
+    with pytest.raises(DeviceError, match=r"batches of 4 windows of 1,024 bp; lower the batch size"):
+        run()
+
+
 def test_a_real_model_sees_its_window_and_both_strands(genome: Genome) -> None:
     model = tiny_model()
     values = predict_chromosome(model, genome, "chrTail", batch_size=2)
@@ -239,6 +289,14 @@ def test_chromosomes_by_name(run: Run, genome: Genome) -> None:
         found = from_bigwig(result.folder / "a_count.bw", chrom, genome.lengths[chrom])
         np.testing.assert_allclose(found, expected(genome, chrom)[:, 1])
     assert np.isnan(from_bigwig(result.folder / "a_count.bw", "chrLong", 20_005)).all()
+
+
+def test_a_lone_name_is_a_list_of_one(run: Run) -> None:
+    by_name, by_list = run("name", chroms="chrTail"), run("list", chroms=["chrTail"])
+    assert (by_name.folder / "gc.bw").read_bytes() == (by_list.folder / "gc.bw").read_bytes()
+    region = run("region", regions="chrTail:0-3000")
+    assert (region.folder / "gc.bw").read_bytes() == (by_list.folder / "gc.bw").read_bytes()
+    assert run("interval", regions=Interval("chrTail", 0, 64)).summary["bins"] == 2
 
 
 def test_sequences_give_arrays(run: Run, tmp_path: Path) -> None:
@@ -325,8 +383,12 @@ def test_a_killed_process_leaves_parts_that_the_next_one_uses(
         assert (resumed.folder / name).read_bytes() == (unbroken.folder / name).read_bytes()
 
 
+def interrupted(*arguments: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(call_peaks=True)
     again = CountingModel()
@@ -351,6 +413,19 @@ def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
     replaced = run(model=other, force=True)
     assert (first.folder / "gc.bw").read_bytes() != before
     assert sorted(path.name for path in replaced.folder.iterdir()) == ["a_count.bw", "gc.bw", "run.json"]
+    run(call_peaks=True, model=other)
+    monkeypatch.setattr(predict_module, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(force=True)
+    monkeypatch.undo()
+    assert not (
+        first.folder / "gc.narrowPeak"
+    ).exists()  # nothing of the replaced one stays, whenever it is killed
+    assert sorted(path.name for path in run(force=True).folder.iterdir()) == [
+        "a_count.bw",
+        "gc.bw",
+        "run.json",
+    ]
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "gc.bw").write_text("mine")
     with pytest.raises(DataError, match=r"already has gc\.bw"):
@@ -422,11 +497,12 @@ def test_no_silent_cpu(genome: Genome, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_gives_nan_is_an_error(run: Run) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_gives_nan_or_infinity_is_an_error(run: Run, value: float) -> None:
     model = CountingModel()
     with torch.no_grad():
-        model.scale.fill_(torch.nan)
-    with pytest.raises(DataError, match="the model gave NaN"):
+        model.scale.fill_(value)
+    with pytest.raises(DataError, match="the model gave NaN or infinity"):
         run(model=model)
 
 

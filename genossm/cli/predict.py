@@ -24,8 +24,13 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="NAME",
     help="A whole chromosome; may be given often. Default: all.",
 )
-@click.option("--region", "regions", multiple=True, metavar="CHR:START-END",
-              help="Only bins that overlap this region (0-based half-open, like BED); may be given often.")  # fmt: skip
+@click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    metavar="CHR:START-END",
+    help="Only bins that overlap this region (0-based half-open, like BED); may be given often.",
+)
 @click.option("--bed", type=FILE, help="Only bins that overlap the rows of this BED file.")
 @click.option(
     "--sequences",
@@ -47,7 +52,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @device_option()
 @click.option("--force", is_flag=True, help="Replace another prediction in DIR.")
 def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **options: Any) -> None:
-    """Predict all tracks of the model in RUN and write DIR/<track>.bw, one bigWig per track, and DIR/run.json.
+    """Predict all tracks of the model in RUN and write DIR/<track>.bw, a bigWig each, and DIR/run.json.
 
     Bins of mostly N are gaps. The two strands are averaged. A killed command goes on where it stopped
     when it is run again.

@@ -17,8 +17,8 @@ from genossm.errors import DataError
 class Regions:
     """Called regions of one chromosome, sorted and disjoint, one entry per region in each array.
 
-    `starts`, `ends` int64 base pairs, 0-based half-open; `maxima`, `means` float64 of the bins inside; `summits` int64
-    base pairs: the middle of the (first) highest bin.
+    `starts`, `ends` int64 base pairs, 0-based half-open; `maxima`, `means` float64 of the bins inside;
+    `summits` int64 base pairs: the middle of the (first) highest bin.
     """
 
     starts: npt.NDArray[np.int64]
@@ -73,8 +73,8 @@ def write_narrowpeak(
 ) -> int:
     """Write called regions as narrowPeak (BED6+4), complete or not at all, and return how many there were.
 
-    Columns: chrom, start, end, `name`_<number>, score = 1000 * maximum (0 to 1000), strand ".", signalValue = mean
-    value, pValue and qValue -1 (none), summit as an offset from start. Order is that of `regions`.
+    Columns: chrom, start, end, `name`_<number>, score = 1000 * maximum (0 to 1000), strand ".", signalValue =
+    mean value, pValue and qValue -1 (none), summit as an offset from start. Order is that of `regions`.
 
     Raises:
         FileError: the disk is full or the folder cannot be written.
@@ -86,7 +86,6 @@ def write_narrowpeak(
             for start, end, top, mean, summit in zip(*(column.tolist() for column in columns), strict=True):
                 count += 1
                 score = min(1000, max(0, int(1000 * top)))
-                handle.write(
-                    f"{chrom}\t{start}\t{end}\t{name}_{count}\t{score}\t.\t{mean:.6g}\t-1\t-1\t{summit - start}\n"
-                )
+                label = f"{name}_{count}\t{score}\t."
+                handle.write(f"{chrom}\t{start}\t{end}\t{label}\t{mean:.6g}\t-1\t-1\t{summit - start}\n")
     return count

@@ -1,4 +1,4 @@
-"""Write per-bin values as a bigWig that every genome browser opens: one span per bin, gaps where there is no value."""
+"""Write per-bin values as a bigWig that every genome browser opens: one span per bin, gaps for no value."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from genossm.outputs.bigwig_zoom import mend_zooms
 
 # Shorter runs are cheaper as variable steps in one block than as one block each.
 SHORT_RUN_BINS = 64
-# Measured upper bounds, zoom levels included: 7 bytes a bin in fixed steps, 19 in variable steps. Up to three quarters of
-# them (the zoom levels) are written only when the file is closed.
+# Measured upper bounds, zoom levels included: 7 bytes a bin in fixed steps, 19 in variable steps. Up to three
+# quarters of them (the zoom levels) are written only when the file is closed.
 FIXED_BYTES, VARIABLE_BYTES, FLOOR_BYTES = 8, 20, 1 << 18
 
 
@@ -32,15 +32,16 @@ def write_bigwig(
 
     Args:
         path: the file to write.
-        lengths: every chromosome of the genome and its length in bp, in genome order; all of them go into the header.
+        lengths: every chromosome of the genome and its length in bp, in genome order; all of them go into the
+            header.
         slices: (chromosome, values float32 (bins,), start_bp): bin i of a slice covers
-            [start_bp + i*bin_bp, min(start_bp + (i+1)*bin_bp, chromosome length)), 0-based half-open. NaN bins are
-            left out (gaps). Slices come in genome order, by start, without overlap.
+            [start_bp + i*bin_bp, min(start_bp + (i+1)*bin_bp, chromosome length)), 0-based half-open. NaN
+            bins are left out (gaps). Slices come in genome order, by start, without overlap.
         bin_bp: bases per bin.
 
     Raises:
-        DataError: an unknown chromosome, slices out of order or overlapping or past the end, an infinite value, or
-            no value at all (readers refuse a bigWig without one).
+        DataError: an unknown chromosome, slices out of order or overlapping or past the end, an infinite
+            value, or no value at all (readers refuse a bigWig without one).
         FileError: the file cannot be written, for example because the disk is full.
     """
     order = {chrom: index for index, chrom in enumerate(lengths)}
@@ -88,8 +89,8 @@ def _check_slice(
     room_bins = -(-(lengths[chrom] - start_bp) // bin_bp)
     if start_bp < 0 or start_bp % bin_bp or values.ndim != 1 or len(values) > room_bins:
         raise DataError(
-            f"{values.shape} values on {chrom} from {start_bp} do not fit: one value for each {bin_bp}-bp bin, "
-            f"from a multiple of {bin_bp}, up to the end at {lengths[chrom]}"
+            f"{values.shape} values on {chrom} from {start_bp} do not fit: one value for each {bin_bp}-bp "
+            f"bin, from a multiple of {bin_bp}, up to the end at {lengths[chrom]}"
         )
     if np.isinf(values).any():
         raise DataError(
@@ -134,22 +135,23 @@ def _is_sparse(values: npt.NDArray[np.float32]) -> bool:
 
 
 def _float64(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """pyBigWig stores float32 but takes contiguous arrays of its own choosing: float64 is always read rightly."""
+    """pyBigWig stores float32 but reads contiguous float64 arrays; others it may read wrongly."""
     return np.ascontiguousarray(values, dtype=np.float64)
 
 
 def _require_space(path: str | os.PathLike[str], needed_bytes: int) -> None:
-    """Refuse to go on where the disk lacks room: pyBigWig 0.3.29 corrupts its memory and aborts when a write fails."""
+    """Refuse to go on without room: pyBigWig 0.3.29 corrupts its memory and aborts when a write fails."""
     free_bytes = shutil.disk_usage(Path(path).parent).free
     if free_bytes < needed_bytes:
         raise FileError(
             f"no space left on the disk for {path}: about {needed_bytes / 1e6:,.1f} MB are needed and "
-            f"{free_bytes / 1e6:,.1f} MB are free; free some space or write elsewhere, then run the command again"
+            f"{free_bytes / 1e6:,.1f} MB are free; free some space or write elsewhere, then run the command "
+            "again"
         )
 
 
 def _verify(temporary: os.PathLike[str], path: str | os.PathLike[str], covered_bp: int) -> None:
-    """pyBigWig only warns when closing fails (a full disk), so the finished file is opened and its coverage compared."""
+    """Open the finished file and compare its coverage: pyBigWig only warns when closing fails (full disk)."""
     try:
         with pyBigWig.open(str(temporary)) as handle:
             found_bp = handle.header()["nBasesCovered"]

@@ -1,8 +1,9 @@
-"""Mend the zoom levels of a bigWig that pyBigWig wrote, so that browsers draw no notches in a zoomed-out view.
+"""Mend the zoom levels of a bigWig that pyBigWig wrote: browsers draw notches when zoomed out otherwise.
 
-pyBigWig 0.3.29 (libBigWig) leaves out the sum of the first record of a zoom block and of the last record of a level:
-igv.js and others then draw a 0 there. Blocks with such a record are compressed anew, appended to the file, and their
-entry in the level's R-tree is pointed at them. Layout: Kent et al. 2010, supplement (little-endian throughout).
+pyBigWig 0.3.29 (libBigWig) leaves out the sum of the first record of a zoom block and of the last record of a
+level: igv.js and others then draw a 0 there. Blocks with such a record are compressed anew, appended to the
+file, and their entry in the level's R-tree is pointed at them. Layout: Kent et al. 2010, supplement
+(little-endian throughout).
 """
 
 from __future__ import annotations

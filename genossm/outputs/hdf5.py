@@ -30,14 +30,14 @@ def write_hdf5(
 ) -> None:
     """Write `/<chrom>/predictions` (bins, tracks) for each chromosome, complete or not at all.
 
-    The file's attributes are `tracks` (names, in the order of the columns), `bin_bp`, `assembly` and those given; each
-    group has `length_bp`. Bin i covers [i*bin_bp, min((i+1)*bin_bp, length_bp)), 0-based half-open; bins without a
-    value are NaN.
+    The file's attributes are `tracks` (names, in the order of the columns), `bin_bp`, `assembly` and those
+    given; each group has `length_bp`. Bin i covers [i*bin_bp, min((i+1)*bin_bp, length_bp)), 0-based
+    half-open; bins without a value are NaN.
 
     Args:
         path: the file to write.
-        arrays: (chromosome, length_bp, slices); a slice is (first bin, values float32 (bins, tracks)), written where
-            it belongs, so that memory stays that of one slice.
+        arrays: (chromosome, length_bp, slices); a slice is (first bin, values float32 (bins, tracks)),
+            written where it belongs, so that memory stays that of one slice.
         tracks: names of the columns.
         dtype: float16 halves the file, but holds no value beyond 65,504.
 
@@ -74,11 +74,13 @@ def _write_chromosome(
     for first, values in slices:
         if values.ndim != 2 or values.shape[1] != tracks or first < 0 or first + len(values) > bins:
             raise DataError(
-                f"values {values.shape} from bin {first} do not fit {chrom}: {bins} bins of {tracks} tracks are needed"
+                f"values {values.shape} from bin {first} do not fit {chrom}: {bins} bins of {tracks} tracks "
+                "are needed"
             )
         peak = float(np.nanmax(np.abs(values), initial=0.0))
         if peak > largest:
             raise DataError(
-                f"a value of {peak:g} on {chrom} is beyond {largest:g}, the largest {dtype}; write float32 instead"
+                f"a value of {peak:g} on {chrom} is beyond {largest:g}, the largest {dtype}; write float32 "
+                "instead"
             )
         dataset[first : first + len(values)] = values

@@ -69,7 +69,7 @@ class LocusMark:
 def precision_recall_plot(
     curves: Mapping[str, PrecisionRecall], positive_rates: Mapping[str, float]
 ) -> Figure:
-    """Precision against recall of each peaks track; the dotted line of the same colour is its positive rate."""
+    """Precision against recall of each peaks track; dotted, in the same colour, its positive rate."""
     with _styled():
         figure = Figure(figsize=(5.2, 4.4), layout="constrained")
         axes: Axes = figure.subplots()
@@ -109,7 +109,7 @@ def calibration_plot(groups: Mapping[str, Calibration]) -> Figure:
 def training_plot(
     loss: tuple[Sequence[float], Sequence[float]], validation: tuple[Sequence[float], Sequence[float]]
 ) -> Figure:
-    """Training loss and validation AUPRC, each given as (steps, values); the best validation value is marked."""
+    """Training loss and validation AUPRC, each as (steps, values); the best validation value is marked."""
     with _styled():
         figure = Figure(figsize=(9.2, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -127,9 +127,8 @@ def training_plot(
                 label=f"best {values[best]:.3f} (kept)",
             )
             right.legend(loc="lower right")
+            right.set_ylim(0, max(1.12 * float(np.nanmax(values)), 1e-3))
         right.set(xlabel="step", ylabel="AUPRC", title="Validation AUPRC")
-        right.margins(y=0.12)
-        right.set_ylim(bottom=0)
         return figure
 
 
@@ -142,7 +141,8 @@ def locus_plot(
         chrom: chromosome name, for the axis.
         start_bp: first base of the first bin (0-based).
         bin_bp: base pairs of a bin.
-        tracks: one panel each; peaks are drawn from 0 to 1, signal from 0 up, observed mirrored below the axis.
+        tracks: one panel each; peaks are drawn from 0 to 1, signal from 0 up, observed mirrored below the
+            axis.
         marks: elements, one row for each distinct label, in order of first appearance.
     """
     rows = list(dict.fromkeys(mark.label for mark in marks))
@@ -172,7 +172,7 @@ def locus_plot(
 def group_plot(
     groups: Mapping[str, npt.NDArray[Any]], colors: Mapping[str, str], title: str, label: str
 ) -> Figure:
-    """One row of dots and a median for each named group of probabilities, for example sites by planted rule."""
+    """A row of dots and a median for each named group of probabilities, such as sites by planted rule."""
     with _styled():
         figure = Figure(figsize=(9.2, 0.9 + 0.52 * len(groups)), layout="constrained")
         axes: Axes = figure.subplots()

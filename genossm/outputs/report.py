@@ -1,7 +1,7 @@
 """One self-contained HTML page of tables, plots and facts: it opens offline and asks nothing of the network.
 
-A page is a title and sections; a section is a list of blocks. All text is escaped, images are embedded as PNG data,
-and a content security policy forbids the browser to load anything else.
+A page is a title and sections; a section is a list of blocks. All text is escaped, images are embedded as PNG
+data, and a content security policy forbids the browser to load anything else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Figures:
     def html(self) -> str:
         """The block as HTML."""
         cards = (
-            f'<div class="card"><div class="value">{escape(value)}</div><div class="label">{_inline(label)}</div>'
+            f'<div class="card"><div class="value">{escape(value)}</div>'
+            f'<div class="label">{_inline(label)}</div>'
             f'<div class="note">{_inline(note)}</div></div>'
             for value, label, note in self.figures
         )
@@ -90,7 +91,8 @@ class Image:
         """The block as HTML."""
         data = base64.b64encode(self.png).decode("ascii")
         caption = f"<figcaption>{_inline(self.caption)}</figcaption>" if self.caption else ""
-        return f'<figure><img alt="{escape(self.description)}" src="data:image/png;base64,{data}">{caption}</figure>'
+        image = f'<img alt="{escape(self.description)}" src="data:image/png;base64,{data}">'
+        return f"<figure>{image}{caption}</figure>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,8 @@ def report_html(*, title: str, sections: Sequence[Section], subtitle: str = "", 
     """The page as one HTML text."""
     links = "".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections))
     parts = "".join(
-        f'<section id="s{i}"><h2>{escape(section.title)}</h2>{"".join(b.html() for b in section.blocks)}</section>'
+        f'<section id="s{i}"><h2>{escape(section.title)}</h2>'
+        f"{''.join(block.html() for block in section.blocks)}</section>"
         for i, section in enumerate(sections)
     )
     return (
@@ -198,11 +201,13 @@ nav a:hover { text-decoration: underline; }
 section { padding-top: 34px; }
 h2 { font-size: 21px; margin: 0 0 10px; letter-spacing: -0.005em; }
 p { margin: 0 0 14px; max-width: 48em; }
-code { font: 0.88em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: var(--wash);
-  border-radius: 4px; padding: 1px 5px; }
-pre { font: 14px/1.65 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: var(--wash);
-  border: 1px solid var(--line); border-radius: 8px; padding: 14px 18px; overflow-x: auto; margin: 0 0 16px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 16px; margin: 4px 0 20px; }
+code { font: 0.88em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  background: var(--wash); border-radius: 4px; padding: 1px 5px; }
+pre { font: 14px/1.65 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  background: var(--wash); border: 1px solid var(--line);
+  border-radius: 8px; padding: 14px 18px; overflow-x: auto; margin: 0 0 16px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 16px;
+  margin: 4px 0 20px; }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: 16px 20px 14px; }
 .value { font-size: 32px; font-weight: 650; line-height: 1.15; color: var(--accent);
   font-variant-numeric: tabular-nums; letter-spacing: -0.02em; }
@@ -211,16 +216,19 @@ pre { font: 14px/1.65 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
 figure { margin: 6px 0 22px; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top: 8px; max-width: 54em; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 28px; align-items: start; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 28px;
+  align-items: start; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 15px; min-width: 60%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; font-size: 13.5px; color: var(--soft); border-bottom: 2px solid var(--line);
-  padding: 6px 18px 6px 0; vertical-align: bottom; white-space: nowrap; }
+th { text-align: left; font-weight: 600; font-size: 13.5px; color: var(--soft);
+  border-bottom: 2px solid var(--line); padding: 6px 18px 6px 0; vertical-align: bottom;
+  white-space: nowrap; }
 td { border-bottom: 1px solid var(--line); padding: 7px 18px 7px 0; }
 th.number, td.number { text-align: right; }
 tr.strong td { font-weight: 650; border-bottom: 0; }
 .none { color: #b6bfc9; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 22px; margin: 0 0 16px; font-size: 15px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 22px; margin: 0 0 16px;
+  font-size: 15px; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: 13.5px; padding-top: 26px; padding-bottom: 40px; margin-top: 36px;
