@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from genossm.chrom_names import is_primary, repair_names
+from genossm.chrom_names import is_primary, mismatch_advice, repair_names
 from genossm.compressed import open_bytes
 from genossm.errors import DataError
 from genossm.interval import merge
@@ -154,20 +154,9 @@ class Annotations:
         if offenders and unknown == "error":
             listed = ", ".join(f"{name} ({self.count(name):,} rows)" for name in offenders[:5])
             listed += f" and {len(offenders) - 5} more" if len(offenders) > 5 else ""
-            repairs = repair_names(offenders, lengths)
-            if repairs:
-                name, known = next(iter(repairs.items()))
-                advice = (
-                    f"{name} looks like the genome's {known}: set `chrom_names: repair` in the dataset YAML"
-                )
-            else:
-                advice = (
-                    "give a file of this assembly, or set `unknown: skip` in the dataset YAML to leave these "
-                    "rows out"
-                )
             raise DataError(
                 f"{self.path} names chromosomes that the genome lacks: {listed}; the genome has "
-                f"{_first(lengths)}; {advice}"
+                f"{_first(lengths)}; {mismatch_advice(offenders, self.chrom_names(), lengths)}"
             )
         if not absent:
             return self
@@ -231,7 +220,7 @@ def _row_blocks(
         fields = line.split("\t") if "\t" in line else line.split()
         if not line.strip():
             oddities["blank_lines"] += 1
-        elif _is_header(fields) or (first and _is_column_names(fields)):
+        elif line.startswith("#") or _is_header(fields) or (first and _is_column_names(fields)):
             oddities["header_lines"] += 1
         elif len(fields) < 3 or not fields[0].strip():
             raise DataError(
@@ -261,7 +250,7 @@ def _lines(content: bytes) -> Iterator[str]:
 
 
 def _is_header(fields: list[str]) -> bool:
-    return fields[0].startswith("#") or fields[0].split(" ", 1)[0] in _HEADER_WORDS
+    return fields[0].split(" ", 1)[0] in _HEADER_WORDS
 
 
 def _is_column_names(fields: list[str]) -> bool:
@@ -302,9 +291,7 @@ def _field(row: list[str], column: int) -> str:
     return row[column] if len(row) > column else ""
 
 
-def _summit_offsets(
-    path: Path, rows: list[list[str]], numbers: list[int]
-) -> npt.NDArray[np.int64] | None:
+def _summit_offsets(path: Path, rows: list[list[str]], numbers: list[int]) -> npt.NDArray[np.int64] | None:
     """Offset of each row's summit from its start, -1 where none is called; None in files of another kind."""
     if not all(len(row) == _NARROWPEAK_COLUMNS for row in rows):
         return None

@@ -60,6 +60,16 @@ def name_hint(name: str, lengths: Iterable[str]) -> str:
     return f"it has {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}"
 
 
+def mismatch_advice(offenders: Iterable[str], names: Iterable[str], lengths: Iterable[str]) -> str:
+    """What to do about those `names` of a file that the genome lacks, the `offenders`; for error messages."""
+    repairs = repair_names(names, lengths)
+    for name in offenders:
+        if name in repairs:
+            known = repairs[name]
+            return f"{name} looks like the genome's {known}: set `chrom_names: repair` in the dataset YAML"
+    return "give a file of this assembly, or set `unknown: skip` in the dataset YAML to leave them out"
+
+
 def _bare(name: str) -> str:
     return re.sub(r"^chr", "", name, flags=re.IGNORECASE).lower()
 

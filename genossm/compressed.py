@@ -58,6 +58,8 @@ def open_raw(path: Path) -> IO[bytes]:
         raise FileError(f"{path} is a folder, not a file: name the file") from error
     except PermissionError as error:
         raise FileError(f"the file {path} may not be read: check its permissions") from error
+    except OSError as error:
+        raise FileError(f"the file {path} cannot be read ({error.strerror}): check the path") from error
 
 
 def is_gzip(raw: IO[bytes]) -> bool:

@@ -34,25 +34,16 @@ FORMAT = "genossm-dataset"
 FORMAT_VERSION = 1
 JSON_NAME, TARGETS_NAME, WINDOWS_NAME = "dataset.json", "targets.h5", "windows.tsv"
 
-_KEYS = {
-    "assembly",
-    "bin_bp",
-    "chromosomes",
-    "config",
-    "files",
-    "genome",
-    "margin_bp",
-    "positive_rate",
-    "provenance",
-}
-_KEYS |= {"splits", "statistics", "tracks", "window_bp"}
+_KEYS = {"assembly", "bin_bp", "chromosomes", "config", "files", "genome", "margin_bp", "positive_rate"}
+_KEYS |= {"provenance", "splits", "statistics", "tracks", "window_bp"}
 
 
 def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a prepared dataset's `dataset.json`, after the folder was found complete.
 
     Raises:
-        DataError: the folder is no prepared dataset, of another format version, or lacks or has cut-short files.
+        DataError: the folder is no prepared dataset, of another format version, or lacks or has cut-short
+            files.
     """
     path = Path(folder) / JSON_NAME
     advice = "make it with `genossm prepare DATASET.yaml -o FOLDER`"
@@ -62,13 +53,13 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}); {advice} again") from error
+        raise DataError(f"{path} cannot be read as JSON ({error}): remove the folder and {advice}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{folder} is no prepared dataset: its dataset.json is not of genossm; {advice}")
     if content.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{folder} is a prepared dataset of format version {content.get('format_version')}, this genossm reads "
-            f"version {FORMAT_VERSION}; {advice} --force"
+            f"{folder} is a prepared dataset of format version {content.get('format_version')}, this "
+            f"genossm reads version {FORMAT_VERSION}; {advice} --force"
         )
     absent = sorted(_KEYS - set(content))
     if absent:
@@ -79,20 +70,21 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise DataError(
-                f"{folder} is an incomplete prepared dataset: {name} {state}; copy it again or {advice} --force"
+                f"{folder} is an incomplete prepared dataset: {name} {state}; copy it again or {advice} "
+                "--force"
             )
     return content
 
 
 class PreparedDataset:
-    """The prepared dataset in `folder`; cheap to open, and safe to pickle, to fork and to share among workers.
+    """The prepared dataset in `folder`; cheap to open, safe to pickle, to fork and to share among workers.
 
     Args:
         folder: what `prepare` wrote.
         genome: FASTA to use where the recorded path is not valid on this machine; its bases must be the same.
 
     Attributes:
-        folder: the folder.
+        folder: the folder, absolute.
         config: the dataset configuration, as a mapping.
         assembly: name of the genome build.
         tracks: the tracks, in the order of the target columns.
@@ -100,8 +92,8 @@ class PreparedDataset:
         lengths: chromosome name to length in bp, in the genome's order.
         splits: "train", "valid", "test" to chromosome names.
         positive_rate: for each peaks track the share of its unmasked bins that are positive.
-        statistics: for each track, for "all" and each split: bins, unmasked, and of the unmasked bins mean, std and max
-            (NaN where there are none).
+        statistics: for each track, for "all" and each split: bins, unmasked, and of the unmasked bins mean,
+            std and max (NaN where there are none).
         provenance: inputs with their hashes, the genome's hash, version and date.
 
     Raises:
@@ -111,7 +103,7 @@ class PreparedDataset:
     def __init__(
         self, folder: str | os.PathLike[str], *, genome: str | os.PathLike[str] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # files are opened later, perhaps in another working folder
         content = read_dataset_json(self.folder)
         self.config: dict[str, Any] = content["config"]
         self.assembly: str = content["assembly"]
@@ -133,7 +125,7 @@ class PreparedDataset:
         self.positive_rate: dict[str, float] = _with_nan(content["positive_rate"])
         self.provenance: dict[str, Any] = content["provenance"]
         self._genome_record: dict[str, Any] = content["genome"]
-        self._genome_override = None if genome is None else Path(genome)
+        self._genome_override = None if genome is None else Path(genome).absolute()
         self._file: h5py.File | None = None
         self._file_owner = 0
 
@@ -158,8 +150,8 @@ class PreparedDataset:
     def genome(self) -> Genome:
         """The genome whose bases the dataset was made from, opened when first used.
 
-        Looked for at the path given to the constructor, else at the recorded absolute path, at the path as the YAML
-        wrote it (environment variables expanded), and at the recorded path relative to the folder.
+        Looked for at the path given to the constructor, else at the recorded absolute path, at the path as
+        the YAML wrote it (environment variables expanded), and at the recorded path relative to the folder.
 
         Raises:
             FileError: it is at none of these places.
@@ -171,8 +163,9 @@ class PreparedDataset:
         genome = Genome(path)
         if genome.sha256 != self._genome_record["sequence_sha256"]:
             raise DataError(
-                f"{path} is not the genome that {self.folder} was made from (sequence sha256 {genome.sha256[:12]}…, "
-                f"recorded {self._genome_record['sequence_sha256'][:12]}…); give that genome, or prepare again"
+                f"{path} is not the genome that {self.folder} was made from (sequence sha256 "
+                f"{genome.sha256[:12]}…, recorded {self._genome_record['sequence_sha256'][:12]}…); give "
+                "that genome, or prepare again"
             )
         return genome
 
@@ -193,7 +186,8 @@ class PreparedDataset:
     def targets(self, chrom: str, start_bin: int = 0, stop_bin: int | None = None) -> npt.NDArray[np.float32]:
         """float32 (bins, tracks): the targets of the bins [start_bin, stop_bin) of a chromosome.
 
-        Peaks tracks are 0 or 1, signal tracks in their aggregate's unit. Masked bins hold 0 or what was there.
+        Peaks tracks are 0 or 1, signal tracks in their aggregate's unit. Masked bins hold 0 or what was
+        there.
 
         Raises:
             DataError: unknown chromosome, or bins outside [0, bins(chrom)].
@@ -201,7 +195,7 @@ class PreparedDataset:
         return np.asarray(self._rows(chrom, "targets", start_bin, stop_bin), dtype=np.float32)
 
     def mask(self, chrom: str, start_bin: int = 0, stop_bin: int | None = None) -> npt.NDArray[np.bool_]:
-        """bool (bins, tracks): True where a bin counts; False means no loss and no metric. Errors as `targets`."""
+        """bool (bins, tracks): False where a bin has no loss and no metric. Errors as `targets`."""
         return np.asarray(self._rows(chrom, "mask", start_bin, stop_bin), dtype=np.bool_)
 
     def peaks(self, chrom: str, track: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -217,7 +211,7 @@ class PreparedDataset:
         return self._intervals(f"{self._known(chrom)}/peaks/{track}")
 
     def excluded(self, chrom: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(starts, ends) in bp of what is left out of a chromosome: the exclude files and runs of N, merged."""
+        """(starts, ends) in bp of what is left out of `chrom`: the exclude files and runs of N, merged."""
         return self._intervals(f"{self._known(chrom)}/excluded")
 
     @cached_property
@@ -229,7 +223,7 @@ class PreparedDataset:
             return self._genome_override
         record = self._genome_record
         written = record["as_written"]
-        candidates: list[Path] = [Path(record["path"]), self.folder.absolute() / record["relative_path"]]
+        candidates: list[Path] = [Path(record["path"]), self.folder / record["relative_path"]]
         # The variable may be set on the machine of `prepare` only; then the other places remain.
         with suppress(ConfigError):
             expanded = Path(expand_variables(written, str(self.folder)))
@@ -238,8 +232,8 @@ class PreparedDataset:
             if path.is_file():
                 return path
         raise FileError(
-            f"the genome of {self.folder} is not at {record['path']}, nor at {written}, nor at {candidates[1]}; "
-            "put it there, or open the dataset with PreparedDataset(folder, genome=FASTA)"
+            f"the genome of {self.folder} is not at {record['path']}, nor at {written}, nor at "
+            f"{candidates[1]}; put it there, or open the dataset with PreparedDataset(folder, genome=FASTA)"
         )
 
     def _known(self, chrom: str) -> str:
@@ -260,7 +254,7 @@ class PreparedDataset:
         return pairs[:, 0].copy(), pairs[:, 1].copy()
 
     def _open(self) -> h5py.File:
-        """This process's own handle: one inherited through a fork would share its file position with the parent."""
+        """This process's own handle: one inherited through a fork shares the parent's file position."""
         if self._file is None or self._file_owner != os.getpid():
             import h5py
 

@@ -26,9 +26,10 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 class TrackConfig:
     """One track: a peak file (`kind: peaks`, 0 or 1 per bin) or a bigWig (`kind: signal`, a number per bin).
 
-    `aggregate` says how the bases of a bin become its number (signal only); `missing` whether a base absent from the
-    bigWig is 0 or masked (signal only); `overlap` the least share of a bin's bases that must lie in a peak (peaks
-    only); `loss` overrides the loss of a signal head: Poisson (the default of the model) or mean squared error.
+    `aggregate` says how the bases of a bin become its number (signal only); `missing` whether a base absent
+    from the bigWig is 0 or masked (signal only); `overlap` the least share of a bin's bases that must lie in
+    a peak (peaks only); `loss` overrides the loss of a signal head: Poisson (the default of the model) or
+    mean squared error.
     """
 
     name: str
@@ -42,14 +43,15 @@ class TrackConfig:
     def __post_init__(self) -> None:
         if not _TRACK_NAME.fullmatch(self.name):
             raise ValueError(
-                f"track name {self.name!r}: it becomes a file name, so use letters, digits, '_', '-', '+' and '.' only"
+                f"track name {self.name!r}: it becomes a file name, so use letters, digits, '_', '-', '+' "
+                "and '.' only"
             )
         if not self.file:
             raise ValueError(f"track {self.name!r} has an empty file name; give the peak file or bigWig")
         if not 0 < self.overlap <= 1:
             raise ValueError(
-                f"overlap {self.overlap} of track {self.name!r}: it must be above 0 and at most 1, the share of a "
-                "bin's bases that must lie in a peak"
+                f"overlap {self.overlap} of track {self.name!r}: it must be above 0 and at most 1, the "
+                "share of a bin's bases that must lie in a peak"
             )
         defaults = (
             {"aggregate": "mean", "missing": "zero", "loss": None}
@@ -103,9 +105,9 @@ class SplitConfig:
 class DatasetConfig:
     """What a prepared dataset is made from; paths are absolute once `load_dataset_config` has read them.
 
-    `chroms` names the chromosomes to use (None: all that are no mitochondrion, alternate or unplaced sequence, plus
-    those the split names). `chrom_names: repair` matches `1` with `chr1`. `unknown: skip` leaves out (and counts)
-    rows and signal on chromosomes that the genome lacks.
+    `chroms` names the chromosomes to use (None: all that are no mitochondrion, alternate or unplaced
+    sequence, plus those the split names). `chrom_names: repair` matches `1` with `chr1`. `unknown: skip`
+    leaves out (and counts) rows and signal on chromosomes that the genome lacks.
     """
 
     assembly: str
@@ -140,11 +142,11 @@ def load_dataset_config(path: str | os.PathLike[str], overrides: Iterable[str] =
 
     Raises:
         FileError: the YAML is missing or unreadable.
-        ConfigError: it is not YAML, a key is unknown or missing, a value is refused, or a path names an environment
-            variable that is not set.
+        ConfigError: it is not YAML, a key is unknown or missing, a value is refused, or a path names an
+            environment variable that is not set.
     """
     source = Path(path)
-    folder = source.absolute().parent
+    folder = source.absolute().parent.resolve()  # so that ../x means what it means to the file system
     mapping = apply_overrides(load_yaml(source), overrides)
     where = str(source)
     if isinstance(mapping.get("split"), str):
@@ -162,7 +164,7 @@ def load_dataset_config(path: str | os.PathLike[str], overrides: Iterable[str] =
 
 
 def expand_variables(text: str, where: str) -> str:
-    """`text` with `$NAME` and `${NAME}` replaced by environment variables, and a leading `~` by the home folder.
+    """`text` with environment variables, `$NAME` or `${NAME}`, and a leading `~` replaced by their values.
 
     Raises:
         ConfigError: a variable is not set; the message names it, the nearest set one, and what to do.
@@ -196,7 +198,7 @@ def _absolute_track(item: Any, folder: Path, where: str) -> Any:
 
 
 def _texts_of_numbers(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Chromosome lists with bare numbers as text: YAML reads `valid: [1, 2]` of an Ensembl genome as numbers."""
+    """Chromosome names as texts: YAML reads `valid: [1, 2]` of an Ensembl genome as numbers."""
 
     def names(value: Any) -> Any:
         if not isinstance(value, list):

@@ -1,7 +1,7 @@
-"""The files of a dataset, opened and compared: every name, length and coordinate fits the genome, or it is a problem.
+"""The files of a dataset, opened and compared: what does not fit the genome is a problem.
 
-`open_inputs` gathers all problems before it raises, so that a user mends them in one go. What is odd but harmless
-is a note, to be printed and recorded.
+`open_inputs` gathers all problems before it raises, so that a user mends them in one go. What is odd but
+harmless is a note, to be printed and recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genossm.annotations import Annotations, read_annotations
-from genossm.chrom_names import is_primary, name_hint, repair_names
+from genossm.chrom_names import is_primary, mismatch_advice, name_hint, repair_names
 from genossm.dataset_config import SPLITS, DatasetConfig, TrackConfig
 from genossm.errors import DataError, GenossmError
 from genossm.genome import Genome
@@ -42,7 +42,7 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class DatasetInputs:
-    """Opened inputs that fit together. `lengths` and `splits` hold the chromosomes in use, in the genome's order."""
+    """Opened inputs that fit together; `lengths` and `splits` hold the chromosomes in use in genome order."""
 
     config: DatasetConfig
     genome: Genome
@@ -62,14 +62,14 @@ class DatasetInputs:
     def excluded(self, chrom: str) -> Intervals:
         """(starts, ends) in bp: the union of the exclude files and the runs of N, within the chromosome."""
         found = [no_base_runs(self.genome.chromosome(chrom))]
-        found += [_within(annotations.on(chrom), self.lengths[chrom]) for annotations in self.exclude]
+        found += [annotations.on(chrom) for annotations in self.exclude]
         return merge(
             np.concatenate([starts for starts, _ in found]), np.concatenate([ends for _, ends in found])
         )
 
     def peaks(self, chrom: str, track: str) -> Intervals:
-        """(starts, ends) in bp of the merged peaks of a peaks track, within the chromosome."""
-        return _within(self.peak_files[track].on(chrom), self.lengths[chrom])
+        """(starts, ends) in bp of the merged peaks of a peaks track; `fit` has cut them at the ends."""
+        return self.peak_files[track].on(chrom)
 
     def columns(
         self, chrom: str
@@ -103,8 +103,9 @@ class DatasetInputs:
         values = np.where(finite, values, np.float32(0))
         if track.loss != "mse" and float(values.min(initial=0.0)) < 0:
             raise DataError(
-                f"track {track.name} has values below 0 on {chrom} (down to {float(values.min()):g} in a bin), which "
-                "its Poisson loss cannot take: set `loss: mse` for this track in the dataset YAML"
+                f"track {track.name} has values below 0 on {chrom} (down to {float(values.min()):g} in a "
+                "bin), which its Poisson loss cannot take: set `loss: mse` for this track in the dataset "
+                "YAML"
             )
         return values, valid & finite
 
@@ -205,8 +206,8 @@ def resolve_splits(config: DatasetConfig, lengths: Mapping[str, int]) -> dict[st
         if absent:
             offers = "; ".join(f"for {name!r}, {name_hint(name, lengths)}" for name in absent[:5])
             raise DataError(
-                f"{where} names {_some(absent)}, which the genome {config.genome} does not have ({offers}): correct the "
-                "dataset YAML"
+                f"{where} names {_some(absent)}, which the genome {config.genome} does not have ({offers}): "
+                "correct the dataset YAML"
             )
     held_out = {chrom for names in named.values() for chrom in names}
     if config.chroms is not None:
@@ -222,8 +223,8 @@ def resolve_splits(config: DatasetConfig, lengths: Mapping[str, int]) -> dict[st
         named["train"] = tuple(chrom for chrom in lengths if chrom in used - held_out)
         if not named["train"]:
             raise DataError(
-                f"no chromosome is left for training: valid and test name all {len(used)} in use; hold out fewer, or "
-                "write `train: []` for a dataset that is only evaluated on"
+                f"no chromosome is left for training: valid and test name all {len(used)} in use; hold out "
+                "fewer, or write `train: []` for a dataset that is only evaluated on"
             )
     elif not any(named.values()):
         raise DataError("the split names no chromosome at all; name some for train, valid or test")
@@ -234,8 +235,9 @@ def _check_window(config: DatasetConfig, lengths: Mapping[str, int]) -> None:
     if lengths and config.window.length > max(lengths.values()):
         longest = max(lengths, key=lambda chrom: lengths[chrom])
         raise DataError(
-            f"the window of {config.window.length} bp is longer than every chromosome in use (the longest, {longest}, "
-            f"has {lengths[longest]} bp): choose a shorter `window: length` (and margin) in the dataset YAML"
+            f"the window of {config.window.length} bp is longer than every chromosome in use (the longest, "
+            f"{longest}, has {lengths[longest]} bp): choose a shorter `window: length` (and margin) in the "
+            "dataset YAML"
         )
 
 
@@ -249,7 +251,7 @@ def _open_annotations(
     found: _Findings,
     files: list[FileSummary],
 ) -> Annotations | None:
-    """Read a peak or exclude file and fit it to the genome; summarise it in `files`, its oddities in the notes."""
+    """Read a peak or exclude file and fit it to the genome; add to `files` and to the notes what it holds."""
 
     def read() -> Annotations:
         annotations = read_annotations(file)
@@ -262,7 +264,7 @@ def _open_annotations(
     annotations = found.attempt(read)
     if annotations is None or not lengths:
         return annotations
-    bases = {chrom: _bases(_within(annotations.on(chrom), length)) for chrom, length in lengths.items()}
+    bases = {chrom: _bases(annotations.on(chrom)) for chrom in lengths}
     missing = tuple(chrom for chrom in lengths if not bases[chrom])
     rows = int(sum(annotations.count(chrom) for chrom in lengths))
     files.append(
@@ -272,8 +274,8 @@ def _open_annotations(
         what = "has no peak" if not rows else f"has {rows} rows that cover no base"
         found.problems.append(
             DataError(
-                f"{file} (track {track}) {what} on the {len(lengths)} chromosomes in use: a track needs peaks; give "
-                "the called peaks of this genome, or remove the track"
+                f"{file} (track {track}) {what} on the {len(lengths)} chromosomes in use: a track needs "
+                "peaks; give the called peaks of this genome, or remove the track"
             )
         )
     elif role == "peaks" and missing:
@@ -298,21 +300,17 @@ def _match_signal(
     lengths: Mapping[str, int],
     notes: list[str],
 ) -> dict[str, str]:
-    """Genome name to bigWig name for every chromosome the two share; chromosomes in use that lack are noted."""
+    """Genome name to bigWig name for every chromosome the two share; what is not shared is noted."""
     file = track.file
     same = {name: name for name in signal.lengths if name in genome_lengths}
-    repaired = repair_names(signal.lengths, genome_lengths)
-    matched = {**repaired, **same} if config.chrom_names == "repair" else same
+    repaired = repair_names(signal.lengths, genome_lengths) if config.chrom_names == "repair" else {}
+    matched = {**repaired, **same}
     unknown = [name for name in signal.lengths if name not in matched]
     unexpected = [name for name in unknown if is_primary(name)]
     if unexpected and (config.unknown == "error" or not matched):
-        if any(name in repaired for name in unexpected):
-            name = next(name for name in unexpected if name in repaired)
-            advice = f"{name} looks like the genome's {repaired[name]}: set `chrom_names: repair` in the dataset YAML"
-        else:
-            advice = "use the bigWig of this assembly, or set `unknown: skip` in the dataset YAML to leave them out"
         raise DataError(
-            f"{file} (track {track.name}) lists {_some(unexpected)}, which the genome does not have; {advice}"
+            f"{file} (track {track.name}) lists {_some(unexpected)}, which the genome does not have; "
+            f"{mismatch_advice(unexpected, signal.lengths, genome_lengths)}"
         )
     names = {chrom: name for name, chrom in matched.items()}
     wrong = [chrom for chrom in names if signal.lengths[names[chrom]] != genome_lengths[chrom]]
@@ -328,7 +326,8 @@ def _match_signal(
         )
     if lengths and not any(chrom in names for chrom in lengths):
         raise DataError(
-            f"{file} (track {track.name}) has none of the {len(lengths)} chromosomes in use; use another bigWig"
+            f"{file} (track {track.name}) has none of the {len(lengths)} chromosomes in use; use another "
+            "bigWig"
         )
     missing = [chrom for chrom in lengths if chrom not in names]
     if missing:
@@ -343,12 +342,6 @@ def _match_signal(
 def _some(names: Iterable[str], most: int = 5) -> str:
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
-
-
-def _within(intervals: Intervals, length_bp: int) -> Intervals:
-    starts, ends = (np.clip(part, 0, length_bp) for part in intervals)
-    kept = ends > starts
-    return starts[kept], ends[kept]
 
 
 def _bases(intervals: Intervals) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -30,9 +31,7 @@ __all__ = ["Genome", "is_primary"]
 _flock: ModuleType | None
 try:
     import fcntl as _flock
-except (
-    ImportError
-):  # not on Windows: there several processes may each build the cache, and the last one stays
+except ImportError:  # Windows: several processes may each build the cache, and the last one stays
     _flock = None
 
 _MAGIC = b"genossm genome 1\n"
@@ -46,10 +45,11 @@ class Genome:
     """The sequence of every chromosome of a FASTA file, as int8 codes (0..3 = ACGT, 4 = no base).
 
     The FASTA (plain, gzip or bgzip) is read once, through pyfaidx, into one cache file that is then
-    memory-mapped. The cache lies beside the FASTA (`genome.fa.genossm`) or, where that folder cannot be
-    written, in `$GENOSSM_CACHE` or `~/.cache/genossm`. It is built again when size or time of change of the
-    FASTA differ. Of many processes that start together one builds and the others wait. Pickled or forked, a
-    Genome costs a file name, not its bases.
+    memory-mapped. The cache is written to the folder `$GENOSSM_CACHE` where that is set, and nowhere else;
+    otherwise beside the FASTA (`genome.fa.genossm`) or, where that folder cannot be written, to
+    `~/.cache/genossm`. One that lies beside the FASTA already is used in any case. It is built again when
+    size or time of change of the FASTA differ. Of many processes that start together one builds and the
+    others wait. Pickled or forked, a Genome costs a file name, not its bases.
 
     Attributes:
         path: the FASTA file, absolute.
@@ -59,7 +59,7 @@ class Genome:
 
     Args:
         path: FASTA file.
-        cache_dir: folder for the cache file, instead of the places above.
+        cache_dir: the folder of the cache file, instead of all places above.
 
     Raises:
         FileError: the file is missing, cut off or damaged, or no cache folder can be written.
@@ -75,14 +75,8 @@ class Genome:
         header, self._codes = _open_or_build(self.path, self._cache_dir)
         self.lengths: dict[str, int] = dict(zip(header["names"], header["lengths"], strict=True))
         self.sha256: str = header["sha256"]
-        ends = np.cumsum(header["lengths"], dtype=np.int64)
-        self._offsets = dict(
-            zip(
-                header["names"],
-                (int(end) - n for end, n in zip(ends, header["lengths"], strict=True)),
-                strict=True,
-            )
-        )
+        starts = itertools.accumulate(header["lengths"][:-1], initial=0)
+        self._offsets = dict(zip(header["names"], starts, strict=True))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,13 +141,12 @@ class Genome:
 
 def _open_or_build(source: Path, cache_dir: Path | None) -> tuple[dict[str, Any], npt.NDArray[np.int8]]:
     with open_raw(source) as raw:
-        stat = os.fstat(raw.fileno())
-    stamp = (stat.st_size, stat.st_mtime_ns)
-    caches = _cache_paths(source, cache_dir)
-    for cache in caches:
+        stamp = _stamp(os.fstat(raw.fileno()))
+    places, writable = _cache_paths(source, cache_dir)
+    for cache in places:
         if opened := _open_cache(cache, stamp):
             return opened
-    for cache in caches:
+    for cache in writable:
         if not _can_write(cache.parent):
             continue
         with _one_builder(cache) as alone:
@@ -164,24 +157,38 @@ def _open_or_build(source: Path, cache_dir: Path | None) -> tuple[dict[str, Any]
             _build(source, stamp, cache)
         if opened := _open_cache(cache, stamp):
             return opened
-        raise DataError(
-            f"the genome {source} was changed while it was being read: try again when it is complete"
-        )
+        raise _changed(source)  # another process read it later, and put its own cache there
     raise FileError(
         f"the cache of the genome {source} cannot be written to "
-        f"{' or '.join(str(cache.parent) for cache in caches)}: "
+        f"{' or '.join(str(cache.parent) for cache in writable)}: "
         "set GENOSSM_CACHE to a folder that you may write to"
     )
 
 
-def _cache_paths(source: Path, cache_dir: Path | None) -> list[Path]:
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(source: Path) -> DataError:
+    return DataError(
+        f"the genome {source} was changed while it was being read: try again when it is complete"
+    )
+
+
+def _cache_paths(source: Path, cache_dir: Path | None) -> tuple[list[Path], list[Path]]:
+    """Where the cache file may lie, and where it may be written: the first folder that takes it."""
     resolved = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:12]
     named = f"{source.name}.{resolved}.genossm"
     if cache_dir is not None:
-        return [cache_dir / named]
-    user = os.environ.get("GENOSSM_CACHE")
-    folder = Path(user).expanduser().absolute() if user else Path.home() / ".cache" / "genossm"
-    return [source.with_name(f"{source.name}.genossm"), folder / named]
+        return [cache_dir / named], [cache_dir / named]
+    beside = source.with_name(f"{source.name}.genossm")
+    if chosen := os.environ.get("GENOSSM_CACHE"):
+        elsewhere = Path(os.path.expanduser(chosen)).absolute() / named
+        return [elsewhere, beside], [elsewhere]
+    home = os.path.expanduser("~")
+    # Some containers run a user without a home, whose ~ stays as it is.
+    places = [beside] if home == "~" else [beside, Path(home, ".cache", "genossm", named)]
+    return places, places
 
 
 def _open_cache(cache: Path, stamp: tuple[int, int]) -> tuple[dict[str, Any], npt.NDArray[np.int8]] | None:
@@ -287,12 +294,9 @@ def _remove_remains(cache: Path) -> None:
     work.
     """
     for remains in cache.parent.glob(f".{cache.name}.*.tmp"):
-        if time.time() - remains.stat().st_mtime < _REMAINS_AGE_S:
-            continue
-        if remains.is_dir():
-            shutil.rmtree(remains, ignore_errors=True)
-        else:
-            remains.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # that builder may finish, and rename it, at this moment
+            if time.time() - remains.stat().st_mtime > _REMAINS_AGE_S:
+                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
 
 
 def _build(source: Path, stamp: tuple[int, int], cache: Path) -> None:
@@ -305,6 +309,8 @@ def _build(source: Path, stamp: tuple[int, int], cache: Path) -> None:
                 _write_cache(source, stamp, faidx, temporary)
             finally:
                 faidx.close()
+            if _stamp(source.stat()) != stamp:
+                raise _changed(source)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -327,12 +333,11 @@ def _plain_copy(source: Path, scratch: Path) -> Path:
 
 
 def _index(source: Path, plain: Path, index: Path) -> Any:
-    faidx = pyfaidx.Faidx.__new__(
-        pyfaidx.Faidx
-    )  # made in two steps, so that its file can be closed when it is refused
+    # Made in two steps, so that its file can be closed when it is refused.
+    faidx = pyfaidx.Faidx.__new__(pyfaidx.Faidx)
     try:
         faidx.__init__(str(plain), indexname=str(index), as_raw=True)
-    except (pyfaidx.FastaIndexingError, ValueError) as error:
+    except (pyfaidx.FastaIndexingError, ValueError, RuntimeError) as error:
         faidx.file.close()
         if plain.stat().st_size == 0:
             raise DataError(

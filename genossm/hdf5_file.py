@@ -1,8 +1,8 @@
 """Writing an HDF5 file such that a full disk is an error, not a crash.
 
-The HDF5 library (seen with 1.14 under h5py 3.16) cannot close a file whose writes failed: on a full disk it prints
-pages of messages and ends the process with a segmentation fault. Here it writes through a Python file that takes
-every byte; the first failure is kept, and raised where HDF5 is not in the way.
+The HDF5 library (seen with 1.14 under h5py 3.16) cannot close a file whose writes failed: on a full disk it
+prints pages of messages and ends the process with a segmentation fault. Here it writes through a Python file
+that takes every byte; the first failure is kept, and raised where HDF5 is not in the way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def create_hdf5(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     """Yield a new HDF5 file at `path` and a function that writes out what HDF5 holds back.
 
-    Call that function now and then: it is where a full disk is found out early. The file is on the disk when the
-    block ends. Whoever calls removes it after an error.
+    Call that function now and then: it is where a full disk is found out early. The file is on the disk when
+    the block ends. Whoever calls removes it after an error.
 
     Raises:
         OSError: the first failure to write, with its errno (ENOSPC: the disk is full).

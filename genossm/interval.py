@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from genossm.errors import DataError
 
+_BLOCK_BINS = 1 << 20  # so that memory does not grow with bins of 1 bp on a long chromosome
 _REGION = re.compile(r"(?P<chrom>\S+):(?P<start>[0-9][0-9,]*)-(?P<end>[0-9][0-9,]*)")
 
 
@@ -68,10 +69,10 @@ class Interval:
         start, end = (int(found[group].replace(",", "")) for group in ("start", "end"))
         if lengths is not None:
             if chrom not in lengths:
-                names = ", ".join(list(lengths)[:5])
+                names = ", ".join(list(lengths)[:5]) + (" ..." if len(lengths) > 5 else "")
                 raise DataError(
                     f"the region {text!r} names the chromosome {chrom!r}, which the genome lacks: it has "
-                    f"{names} ..."
+                    f"{names}"
                 )
             if end > lengths[chrom]:
                 raise DataError(
@@ -141,14 +142,24 @@ def covered_bases(
     """
     bins = bin_count(length_bp, bin_bp)
     starts, ends = merge(starts, ends)
-    edges = np.minimum(np.arange(bins + 1, dtype=np.int64) * bin_bp, length_bp)
-    # Covered bases left of an edge: those of the intervals that end at or before it, plus a part of the one
-    # across it.
+    covered = np.empty(bins, dtype=np.int64)
+    for first in range(0, bins, _BLOCK_BINS):
+        block = covered[first : first + _BLOCK_BINS]
+        edges = np.minimum(np.arange(first, first + block.size + 1, dtype=np.int64) * bin_bp, length_bp)
+        block[:] = np.diff(bases_below(edges, starts, ends))
+    return covered
+
+
+def bases_below(
+    positions: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """How many bases of sorted, disjoint intervals (as `merge` gives them) lie below each position, int64."""
+    # Those of the intervals that end at or before the position, and a part of the one across it.
     before = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(ends - starts)))
-    finished = np.searchsorted(ends, edges, side="right")
+    finished = np.searchsorted(ends, positions, side="right")
     open_start = np.concatenate((starts, [np.iinfo(np.int64).max]))[finished]
-    inside = np.where(open_start < edges, edges - open_start, 0)
-    return np.diff(before[finished] + inside)
+    inside = np.where(open_start < positions, positions - open_start, 0)
+    return np.asarray(before[finished] + inside, dtype=np.int64)
 
 
 def bin_count(length_bp: int, bin_bp: int) -> int:

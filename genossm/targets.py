@@ -1,6 +1,7 @@
 """What a bin's target is, and where there is none: peaks to 0 or 1, excluded bases and N runs to a mask.
 
-Bin i of a chromosome covers the bases [i * bin_bp, min((i + 1) * bin_bp, length_bp)); shares are of those bases.
+Bin i of a chromosome covers the bases [i * bin_bp, min((i + 1) * bin_bp, length_bp)); shares are of those
+bases.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from genossm.sequence import NO_BASE
 MASKED_SHARE = 0.25
 """A bin with this share of its bases excluded, or more, is masked: no loss and no metric there."""
 
-_SLICE_BP = 1 << 24
+_SLICE_BP = 1 << 22
 
 Intervals = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
@@ -34,7 +35,7 @@ def peak_bins(
     bin_bp: int,
     overlap: float = 0.5,
 ) -> npt.NDArray[np.float32]:
-    """float32 (bins,): 1 where at least the share `overlap` of a bin's bases lies in the union of the intervals."""
+    """float32 (bins,): 1 where at least `overlap` of a bin's bases lie in the union of the intervals."""
     covered = covered_bases(starts, ends, length_bp, bin_bp)
     # The tiny tolerance keeps 0.1 * 30 bases from asking for 3.0000000000000004.
     return (covered >= overlap * bases_per_bin(length_bp, bin_bp) - 1e-9).astype(np.float32)
@@ -54,7 +55,8 @@ def no_base_runs(codes: npt.NDArray[np.int8]) -> Intervals:
     ends: list[npt.NDArray[np.int64]] = []
     for begin in range(0, codes.shape[0], _SLICE_BP):
         absent = np.asarray(codes[begin : begin + _SLICE_BP]) == NO_BASE
-        edges = np.flatnonzero(np.diff(absent.astype(np.int8), prepend=0, append=0)) + begin
+        padded = np.concatenate(([False], absent, [False]))
+        edges = np.flatnonzero(padded[1:] != padded[:-1]) + begin
         starts.append(edges[0::2])
         ends.append(edges[1::2])
     if not starts:

@@ -1,8 +1,8 @@
-"""Input windows: tiling chromosomes so that every base is a target once, refusing leaks, and the windows table.
+"""Input windows: tiling so that every base is a target once, finding leaks, and the windows table.
 
 An input window of `window_bp` bases has a context margin of `margin_bp` at either side; what lies between the
-margins is its target. Coordinates are 0-based half-open; a window may start below 0 or end past the chromosome
-(the genome pads there), its target never does once clipped by `target_of`.
+margins is its target. Coordinates are 0-based half-open; a window may start below 0 or end past the
+chromosome (the genome pads there), its target never does once clipped by `target_of`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from genossm.atomic import atomic_path
 from genossm.errors import ConfigError, DataError, FileError
-from genossm.interval import merge
+from genossm.interval import bases_below, merge
 
 COLUMNS = ("chrom", "start", "end", "split")
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """An input window, margins included: 0-based half-open, `start` may be negative, `end` past the chromosome."""
+    """An input window, margins included, 0-based half-open; it may hang over either end of the chromosome."""
 
     chrom: str
     start: int
@@ -56,7 +55,8 @@ def check_geometry(window_bp: int, margin_bp: int, bin_bp: int) -> None:
     """Refuse window sizes whose bins would not line up.
 
     Raises:
-        ConfigError: a size is not positive, the margins leave no target, or margin or target is no multiple of the bin.
+        ConfigError: a size is not positive, the margins leave no target, or margin or target is no multiple
+            of the bin.
     """
     if bin_bp < 1:
         raise ConfigError(f"bin of {bin_bp} bp: it must be 1 bp or more")
@@ -70,17 +70,18 @@ def check_geometry(window_bp: int, margin_bp: int, bin_bp: int) -> None:
         )
     if margin_bp % bin_bp or target_bp % bin_bp:
         raise ConfigError(
-            f"margin ({margin_bp} bp) and window minus two margins ({target_bp} bp) must both be multiples of "
-            f"the bin ({bin_bp} bp), so that bins of neighbouring windows line up"
+            f"margin ({margin_bp} bp) and window minus two margins ({target_bp} bp) must both be multiples "
+            f"of the bin ({bin_bp} bp), so that bins of neighbouring windows line up"
         )
 
 
 def tile(
     chrom: str, length_bp: int, *, window_bp: int, margin_bp: int, bin_bp: int, split: str = ""
 ) -> list[Window]:
-    """Windows whose targets `[k*T, (k+1)*T)`, T = window_bp - 2*margin_bp, cover each base of a chromosome once.
+    """Windows whose targets cover each base of a chromosome once.
 
-    A chromosome no longer than T gives one window. The last target may run past the end.
+    Target k is `[k*T, (k+1)*T)`, T = window_bp - 2*margin_bp. A chromosome no longer than T gives one window.
+    The last target may run past the end.
 
     Raises:
         DataError: `length_bp` below 1.
@@ -103,8 +104,8 @@ def target_of(window: Window, margin_bp: int, length_bp: int) -> tuple[int, int]
 def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[str, int]) -> list[Leak]:
     """Every window that, margins included, holds target bases of a split other than its own.
 
-    `lengths` gives each chromosome's length in bp. Time is that of sorting the windows; the answer is in the order
-    of `windows`.
+    `lengths` gives each chromosome's length in bp. Time is that of sorting the windows; the answer is in the
+    order of `windows`.
 
     Raises:
         DataError: a window on a chromosome that `lengths` lacks.
@@ -124,7 +125,7 @@ def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[st
             starts, ends = merge(targets[:, 0], targets[:, 1])
             rest = np.array([i for name, ids in splits.items() if name != other for i in ids], dtype=np.int64)
             spans = np.array([(windows[i].start, windows[i].end) for i in rest], dtype=np.int64)
-            bases = _bases_below(spans[:, 1], starts, ends) - _bases_below(spans[:, 0], starts, ends)
+            bases = bases_below(spans[:, 1], starts, ends) - bases_below(spans[:, 0], starts, ends)
             leaks += [
                 (int(rest[k]), Leak(windows[rest[k]], other, int(bases[k]))) for k in np.flatnonzero(bases)
             ]
@@ -132,7 +133,7 @@ def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[st
 
 
 def write_windows(path: str | os.PathLike[str], windows: Iterable[Window]) -> None:
-    """Write a table with the columns chrom, start, end, split (tabs, one header line), complete or not at all."""
+    """Write a table of chrom, start, end and split (tabs, one header line), complete or not at all."""
     lines = ["\t".join(COLUMNS)]
     lines += [f"{window.chrom}\t{window.start}\t{window.end}\t{window.split}" for window in windows]
     with atomic_path(path) as temporary:
@@ -144,7 +145,8 @@ def read_windows(path: str | os.PathLike[str]) -> list[Window]:
 
     Raises:
         FileError: the file is missing or unreadable.
-        DataError: the header is another, or a row has other than four fields, no whole numbers, or end <= start.
+        DataError: the header is another, or a row has other than four fields, no whole numbers, or
+            end <= start.
     """
     source = Path(path)
     try:
@@ -173,17 +175,3 @@ def read_windows(path: str | os.PathLike[str]) -> list[Window]:
             )
         windows.append(window)
     return windows
-
-
-def _bases_below(
-    positions: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
-    ends: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """Bases of the sorted disjoint intervals that lie below each position."""
-    if starts.size == 0:
-        return np.zeros(positions.shape, dtype=np.int64)
-    total_before = np.concatenate(([0], np.cumsum(ends - starts)))
-    index = np.searchsorted(starts, positions, side="right")
-    inside = np.where(index > 0, np.minimum(positions, ends[index - 1]) - ends[index - 1], 0)
-    return np.asarray(total_before[index] + inside, dtype=np.int64)

@@ -12,6 +12,7 @@ from Bio import bgzf
 from hypothesis import given
 from hypothesis import strategies as st
 
+import genossm.annotations as module
 from genossm.annotations import Annotations, read_annotations
 from genossm.errors import DataError, FileError
 
@@ -62,6 +63,17 @@ def test_columns_of_other_tables(tmp_path: Path) -> None:
     assert ten.summits.tolist() == [47]
     with pytest.raises(DataError, match=r"line 1: the summit 'gene'"):
         read_annotations(write(tmp_path, "chr1\t5\t90\tx\t1\t+\ta\tb\tc\tgene\n", "a.narrowPeak"))
+
+
+def test_summits_are_the_whole_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 2)
+    row = "chr1\t{0}\t{1}\tp\t0\t.\t1\t1\t1\t3\n"
+    text = "".join(row.format(at, at + 20) for at in range(0, 250, 50))
+    assert read_annotations(write(tmp_path, text)).summits.tolist() == [3, 53, 103, 153, 203]
+    mixed = read_annotations(write(tmp_path, text + "chr1\t300\t320\n"))
+    assert mixed.summits.tolist() == [10, 60, 110, 160, 210, 310]
+    with pytest.raises(DataError, match="line 6: the start 'x'"):
+        read_annotations(write(tmp_path, text + "chr1\tx\t320\n"))
 
 
 def test_the_oddities_of_real_files(tmp_path: Path) -> None:
@@ -172,10 +184,13 @@ rows = st.lists(
 )
 
 
-@given(rows, st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
-def test_any_rows_read_back(table: list[tuple[str, int, int, str]], newline: str, last: bool) -> None:
+@given(rows, st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.integers(1, 20))
+def test_any_rows_read_back(
+    table: list[tuple[str, int, int, str]], newline: str, last: bool, block_rows: int
+) -> None:
     lines = [f"{chrom}\t{start}\t{start + length}{rest}" for chrom, start, length, rest in table]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK_ROWS", block_rows)
         path = Path(folder) / "rows.bed"
         path.write_bytes((newline.join(lines) + (newline if last and lines else "")).encode())
         read = read_annotations(path)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genossm.chrom_names import is_primary, name_hint, repair_names
+from genossm.chrom_names import is_primary, mismatch_advice, name_hint, repair_names
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,10 @@ def test_the_hint_names_what_is_meant() -> None:
     assert name_hint("4", genome) == "did you mean chr4?"
     assert "chr22" in name_hint("chrr22", genome)
     assert name_hint("scaffold", genome) == "it has chr1, chr2, chr3, chr4, chr5 ..."
+
+
+def test_the_advice_offers_a_repair_only_where_it_helps() -> None:
+    assert "1 looks like the genome's chr1: set `chrom_names: repair`" in mismatch_advice(
+        ["2L", "1"], ["2L", "1"], ["chr1"]
+    )
+    assert "set `unknown: skip`" in mismatch_advice(["1"], ["1", "chr1"], ["chr1"])  # both would become chr1

@@ -150,6 +150,14 @@ def test_pickling(prepared: PreparedDataset) -> None:
     assert again.genome.sha256 == prepared.genome.sha256
 
 
+def test_a_relative_folder_outlives_a_change_of_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    dataset = PreparedDataset("copy")
+    monkeypatch.chdir("/")
+    assert dataset.targets("chrC").shape == (39, 2)
+    assert len(pickle.loads(pickle.dumps(dataset)).windows("test")) == 1
+
+
 def test_the_genome_is_found_again(prepared: PreparedDataset, tiny_folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_folder, moved / "data")

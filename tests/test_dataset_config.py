@@ -66,6 +66,14 @@ def test_the_yaml_of_the_design(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (config.tracks[0].overlap, config.tracks[1].missing, config.tracks[0].loss) == (0.5, "zero", None)
 
 
+def test_a_linked_folder_and_its_parent_are_those_of_the_file_system(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "yeast").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "yeast")
+    written(tmp_path / "link", changed("genome: sacCer3", "genome: ../sacCer3"))
+    config = load_dataset_config(tmp_path / "link" / "dataset.yaml")
+    assert config.genome == str(tmp_path / "disk" / "sacCer3.fa.gz")
+
+
 def test_overrides_replace_keys(tmp_path: Path) -> None:
     path = written(tmp_path, DESIGN)
     overrides = ["window.bin=64", "split.valid=[chrI]", "genome=/data/other.fa", "chrom_names=repair"]

@@ -61,6 +61,15 @@ def run_python(script: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder; no cache folder is chosen, unlike in other tests."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("GENOSSM_CACHE", raising=False)
+    return folder
+
+
 @pytest.fixture
 def fasta(tmp_path: Path) -> Path:
     return write_fasta(tmp_path / "genome.fa")
@@ -224,7 +233,7 @@ def forbid_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_read_only_folder_sends_the_cache_elsewhere(
-    tmp_path: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, bases in zip(folders, ("ACGT", "TTTT"), strict=True):
@@ -239,7 +248,37 @@ def test_a_read_only_folder_sends_the_cache_elsewhere(
             assert decode(pickle.loads(pickle.dumps(genome)).chromosome("chr1")) == bases
     for folder in folders:
         folder.chmod(0o755)
-    assert len(list(private_cache.iterdir())) == 2
+    assert len(list((home / ".cache" / "genossm").iterdir())) == 2
+
+
+def test_a_chosen_cache_folder_wins_over_the_fastas(
+    fasta: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Genome(fasta).sha256
+    chosen = tmp_path / "cache"
+    monkeypatch.setenv("GENOSSM_CACHE", str(chosen))
+    beside = fasta.with_name("genome.fa.genossm")
+    assert Genome(fasta).sha256 == expected  # one that is there already is not built a second time
+    assert not chosen.exists()
+    beside.unlink()
+    assert Genome(fasta).sha256 == pickle.loads(pickle.dumps(Genome(fasta))).sha256 == expected
+    assert len(list(chosen.iterdir())) == 1
+    assert not beside.exists() and list(home.iterdir()) == []
+
+
+def test_a_chosen_cache_folder_that_cannot_be_written_is_an_error(
+    fasta: Path, private_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private_cache.mkdir()
+    forbid_writing(private_cache, monkeypatch)
+    with pytest.raises(FileError, match=rf"cannot be written to {private_cache}: set GENOSSM_CACHE"):
+        Genome(fasta)
+    assert not fasta.with_name("genome.fa.genossm").exists()
+
+
+def test_a_user_without_a_home_is_no_obstacle(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(genome_module.os.path, "expanduser", lambda path: path)  # as for an unknown user id
+    assert decode(Genome(fasta).window("chrA", 0, 4)) == "ACGT"
 
 
 def test_no_place_for_the_cache_is_a_sentence(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +378,12 @@ def test_a_killed_builder_leaves_nothing_half_made(fasta: Path) -> None:
     assert sorted(path.name for path in fasta.parent.iterdir()) == ["genome.fa", "genome.fa.genossm"]
 
 
+def test_remains_that_vanish_meanwhile_are_no_obstacle(fasta: Path) -> None:
+    remains = fasta.with_name(".genome.fa.genossm.1.aa.tmp")
+    remains.symlink_to(fasta.parent / "nothing")  # listed, and yet its stat finds no file
+    assert decode(Genome(fasta).window("chrA", 0, 4)) == "ACGT"
+
+
 def test_a_full_disk_leaves_nothing_behind(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -380,6 +425,7 @@ def test_forked_workers_read_the_same(tmp_path: Path) -> None:
         (b">chr1\n>chr2\nACGT\n", "no bases in the record 'chr1'"),
         (b">chr1\nACGT\n>chr2\n", "no bases in the record 'chr2'"),
         (b">chr1\nACGTACGT\nACG\nACGTACGT\n", r"no FASTA file.*Line length"),
+        (b">chr1\nACGTACGT\n\n\n>chr2\nACGT\n", "no FASTA file"),  # which pyfaidx calls a bug of its own
         (b">\nACGT\n", "no FASTA file"),
         (b">chr1\nMKLV\n", r"record 'chr1'.*the character 'L' at position 2"),
         (b">chr1\nAC-GT\n", r"the character '-'"),
@@ -425,6 +471,24 @@ def test_a_pathological_index_beside_the_fasta_is_not_used(tmp_path: Path) -> No
     os.utime(index, (time.time() + 1000, time.time() + 1000))
     assert Genome(path).lengths["chrA"] == len(RECORDS["chrA"])
     assert index.read_text() == "chrA\t3\t6\t3\t4\n"
+
+
+def test_a_fasta_that_changes_while_it_is_read_is_refused(
+    fasta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache = genome_module._write_cache
+
+    def and_meanwhile(*arguments: object) -> None:
+        write_cache(*arguments)  # type: ignore[arg-type]
+        with fasta.open("a") as stream:
+            stream.write(">chrD\nACGT\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(genome_module, "_write_cache", and_meanwhile)
+        with pytest.raises(DataError, match="was changed while it was being read"):
+            Genome(fasta)
+    assert [path.name for path in fasta.parent.iterdir()] == ["genome.fa"]
+    assert Genome(fasta).names == (*RECORDS, "chrD")
 
 
 def test_progress_is_shown_for_large_genomes_only(

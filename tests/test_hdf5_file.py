@@ -13,8 +13,8 @@ import pytest
 
 from genossm.hdf5_file import create_hdf5
 
-# A limit on the size of a file stands in for the full disk: no mount and no root needed. It runs in a process of
-# its own, because without create_hdf5 HDF5 ends the process.
+# A limit on the size of a file stands in for the full disk: no mount and no root needed. It runs in a process
+# of its own, because without create_hdf5 HDF5 ends the process.
 SCRIPT = """
 import resource, signal, sys
 import numpy as np

@@ -21,8 +21,9 @@ import yaml
 import genossm.pipelines.prepare as module
 from genossm.dataset import PreparedDataset
 from genossm.dataset_config import load_dataset_config
-from genossm.dataset_inputs import open_inputs
+from genossm.dataset_inputs import DatasetInputs, open_inputs
 from genossm.errors import DataError, FileError
+from genossm.pipelines.check import Statistics
 from genossm.pipelines.prepare import plan_windows, prepare
 from genossm.windows import Window, read_windows
 
@@ -226,8 +227,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(folder: Path, tmp_path: Pa
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
-        f"error: no space left on the disk while writing {out}; nothing was left behind: free some space or choose "
-        "another folder, then run the command again"
+        f"error: no space left on the disk while writing {out}; nothing was left behind: free some space "
+        "or choose another folder, then run the command again"
     ]
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
@@ -279,6 +280,35 @@ def test_a_killed_prepare_leaves_nothing_half_written(
     )
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}
     assert PreparedDataset(out).targets("chrC").shape == (39, 2)
+
+
+def test_what_another_computer_is_at_is_left_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "node")
+    monkeypatch.setattr(module, "_alive", lambda _: False)
+    theirs = tmp_path / ".out.preparing-node-1-7007-0123abcd"  # of the computer "node-1"
+    theirs.mkdir()
+    prepare(folder / "dataset.yaml", tmp_path / "out")
+    assert theirs.is_dir()
+
+
+def test_an_input_that_changes_meanwhile_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_targets = module._write_targets
+
+    def and_meanwhile(path: Path, inputs: DatasetInputs) -> Statistics:
+        with (folder / "peaks.narrowPeak").open("a") as file:
+            file.write("chrC\t0\t320\tnew\t1\t.\t1\t1\t1\t5\n")
+        return write_targets(path, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_targets", and_meanwhile)
+        with pytest.raises(DataError, match=r"peaks\.narrowPeak was changed while it was being read"):
+            prepare(folder / "dataset.yaml", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+    assert prepare(folder / "dataset.yaml", tmp_path / "out").targets("chrC")[:10, 0].all()
 
 
 def test_windows_that_leak_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The `genossm` command: a group that loads each command only when it is run, and turns errors into sentences."""
+"""The `genossm` command: each subcommand is loaded only when it is run, and errors become sentences."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def device_option(*, default: str = "auto") -> Decorator[Any]:
         default=default,
         show_default=True,
         metavar="auto|cuda|cuda:N|cpu",
-        help="Where to compute. auto takes CUDA and stops when there is none; cpu is used only when asked for.",
+        help="Where to compute. auto takes CUDA and stops when there is none; cpu only when asked for.",
     )
 
 
@@ -82,7 +82,7 @@ def batch_size_option(*, default: int = 4) -> Decorator[Any]:
 
 
 def seed_option(*, default: int | None = 1) -> Decorator[Any]:
-    """`--seed N` (0 to 2**32 - 1), given to the command as `seed: int` (or None where the default is None)."""
+    """`--seed N` (0 to 2**32 - 1), given to the command as `seed: int`, or None where that is the default."""
     return click.option(
         "--seed",
         type=click.IntRange(min=0, max=2**32 - 1),

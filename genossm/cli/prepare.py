@@ -18,8 +18,8 @@ from genossm.cli.options import out_option, set_option
 def command(dataset: Path, out: Path, overrides: tuple[str, ...], force: bool) -> None:
     """Turn the genome, peaks and signal that DATASET.yaml names into a prepared dataset.
 
-    Runs the comparisons of `genossm check` first. The folder appears complete or not at all, and is made again
-    only when the YAML or an input file has changed.
+    Runs the comparisons of `genossm check` first. The folder appears complete or not at all, and is made
+    again only when the YAML or an input file has changed.
     """
     from genossm.pipelines.prepare import prepare
 
