@@ -20,7 +20,7 @@ MODEL_FILE = "model.safetensors"
 
 def save(model: AccessibilityModel, path: str | os.PathLike[str]) -> None:
     """Write `model` to one safetensors file, complete or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     description = {
         "model": to_mapping(model.config),
@@ -33,7 +33,9 @@ def save(model: AccessibilityModel, path: str | os.PathLike[str]) -> None:
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata={"format": FORMAT, "genossm": json.dumps(description)})
+        metadata = {"format": FORMAT, "genossm": json.dumps(description)}
+        # written here, not by safetensors: a full disk is then an OSError, and the file gets the usual mode
+        temporary.write_bytes(serialise(weights, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> AccessibilityModel:

@@ -31,13 +31,15 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise FileError(f"cannot read the configuration {path}: {reason}; check the path") from error
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}; correct that line") from error
+    if loaded is None:
+        raise ConfigError(f"{path} is empty; write `key: value` lines")
     if not isinstance(loaded, dict):
         raise ConfigError(
-            f"{path} holds {type(loaded).__name__}, not a mapping of keys to values; write `key: value` lines"
+            f"{path} is a {type(loaded).__name__}, not a mapping of keys to values; write `key: value` lines"
         )
     return loaded
 
@@ -60,8 +62,11 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
         for parent in parents:
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
+                kind = (
+                    "a list: replace it whole, or edit the file" if isinstance(child, list) else repr(child)
+                )
                 raise ConfigError(
-                    f"the override {override!r} goes into {parent!r}, which is {child!r} and has no keys below it"
+                    f"the override {override!r} goes into {parent!r}, which has no keys: it is {kind}"
                 )
             node = child
         try:
@@ -121,6 +126,19 @@ def to_mapping(value: Any) -> Any:
 def dump_yaml(mapping: Mapping[str, Any]) -> str:
     """YAML text of a mapping, keys in their own order."""
     return yaml.safe_dump(dict(mapping), sort_keys=False, default_flow_style=None, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not silently its last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:

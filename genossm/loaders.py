@@ -74,7 +74,8 @@ class WindowDataset(Dataset[Item]):
         self._windows = self._tiles(split)
         if not self._windows:
             raise ValueError(
-                f"the split {split!r} has no window; it must be one of {', '.join(self.dataset.splits)}"
+                f"the split {split!r} has no window: give it chromosomes in the dataset YAML (split.{split}); "
+                f"splits are {', '.join(self.dataset.splits)}"
             )
         self._length = windows_per_epoch or len(self._windows)
 

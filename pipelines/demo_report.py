@@ -336,7 +336,7 @@ def _made(run: DemoRun, steps: Sequence[Step]) -> list[report.Block]:
         report.Facts(
             {
                 "trained": f"{trained['started']} on {trained['device']}, on windows of "
-                f"{run.trained_bp:,} bp; the model of epoch {trained['epoch'] + 1} was kept",
+                f"{run.trained_bp:,} bp; the model of epoch {trained['epoch']} was kept",
                 "evaluated": f"{evaluated['when']} on {evaluated['device']}",
                 "predicted": f"{predicted['started']} on {predicted['device']}, in windows of "
                 f"{data.window_bp:,} bp, of which {data.margin_bp:,} bp at either side are context only",

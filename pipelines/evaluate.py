@@ -275,12 +275,17 @@ def _compare(
     allow_genome_mismatch: bool,
 ) -> None:
     """Refuse a model whose outputs are not what the dataset's targets are."""
+    if model.assembly and model.assembly != data.assembly and not allow_genome_mismatch:
+        raise DataError(
+            f"the model was trained on {model.assembly} but {data.folder} is of {data.assembly}; "
+            "pass --allow-genome-mismatch when that is what you want"
+        )
     kinds = {track.name: track.kind for track in model.tracks}
     lacking = [track.name for track in tracks if track.name not in kinds]
     if lacking:
         raise DataError(
-            f"the model predicts {', '.join(kinds)} but {data.folder} has {', '.join(lacking)} too; "
-            "name the tracks to score (--track), or give the dataset that the model was trained on"
+            f"the model predicts {', '.join(kinds)} but not {', '.join(lacking)} of {data.folder}; "
+            "score only tracks that both have (--track), or give the dataset that the model was trained on"
         )
     for track in tracks:
         if kinds[track.name] != track.kind:
@@ -292,11 +297,6 @@ def _compare(
         raise DataError(
             f"the model predicts {model.bin_bp}-bp bins but {data.folder} has {data.bin_bp}-bp bins; "
             f"prepare it with --set window.bin={model.bin_bp}"
-        )
-    if model.assembly and model.assembly != data.assembly and not allow_genome_mismatch:
-        raise DataError(
-            f"the model was trained on {model.assembly} but {data.folder} is of {data.assembly}; "
-            "pass --allow-genome-mismatch when that is what you want"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from genossm.pipelines.selection import Selection
 from genossm.progress import say
 from genossm.windows import Window
 
-WINDOWS_PER_PART = 32
+WINDOWS_PER_PART = 8
 Compute = Callable[[Sequence[Window]], Iterator[npt.NDArray[np.float32]]]
 
 
@@ -95,8 +96,10 @@ class Parts:
         blocks = compute([window for index in missing for window in self._groups[index]])
         for index in missing:
             values = np.concatenate([next(blocks) for _ in self._groups[index]])
-            with atomic_path(self._path(index)) as temporary, temporary.open("wb") as handle:
-                np.save(handle, np.ascontiguousarray(values.T))
+            content = io.BytesIO()
+            np.save(content, np.ascontiguousarray(values.T))
+            with atomic_path(self._path(index)) as temporary:
+                temporary.write_bytes(content.getbuffer())  # numpy's own write hides that a disk is full
         return len(self._groups) - len(missing)
 
     def track(self, chrom: str, track: int) -> npt.NDArray[np.float32]:

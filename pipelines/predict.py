@@ -71,8 +71,7 @@ def predict(
     peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins
     of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
     grid, so a value depends neither on the batch size (up to rounding, see `predict_windows`) nor on what
-    else is predicted; regions see their context in the reference. The model computes in bf16 on CUDA and in
-    float32 on a CPU; outputs are float32.
+    else is predicted; regions see their context in the reference. Everything is computed in float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 
@@ -92,7 +91,7 @@ def predict(
         call_peaks: call regions of each peaks track.
         threshold: lowest probability in a called region; by default the model's own, or 0.5 where it has
             none.
-        force: replace another prediction in `out`.
+        force: replace what is in `out`, another prediction or a finished one.
 
     Raises:
         ConfigError: options that exclude each other, or a mode that is not there.
@@ -115,6 +114,8 @@ def predict(
         regions=regions,
         bed=bed,
     )
+    if sequences is not None:
+        _check_records(reference)
     called = _thresholds(network, threshold) if call_peaks else {}
     identity = _identity(network, reference, selection, mode)
     options = {"hdf5": hdf5, "sequences": sequences is not None, "thresholds": called}
@@ -122,7 +123,7 @@ def predict(
     names = file_names(tracks, hdf5=hdf5, sequences=sequences is not None, called=called)
     folder = Path(out)
     earlier = _earlier(folder, identity, names, force)
-    if earlier.get("options") == options and all((folder / name).is_file() for name in names):
+    if not force and earlier.get("options") == options and earlier.get("sizes") == _sizes(folder, names):
         say(f"{folder} already holds this prediction; nothing to do")
         return PredictionResult(folder, tuple(folder / name for name in earlier["files"]), earlier["summary"])
 
@@ -164,6 +165,7 @@ def predict(
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
         "files": [file.name for file in files],
+        "sizes": _sizes(folder, names),
         "summary": summary,
     }
     atomic_write_text(folder / "run.json", json.dumps(record, indent=2, default=str) + "\n")
@@ -200,6 +202,15 @@ def _check_options(
         raise ConfigError(
             "sequences have no coordinates: give them without a genome, chromosomes, regions or a BED file"
         )
+
+
+def _check_records(sequences: Genome) -> None:
+    """Refuse records whose names cannot be those of HDF5 groups, before anything is computed."""
+    for name in sequences.names:
+        if "/" in name or name in (".", ".."):
+            raise DataError(
+                f"the record {name!r} of {sequences.path} cannot name an HDF5 group; rename it (no slash, not . or ..)"
+            )
 
 
 def _open(source: Genome | str | os.PathLike[str] | None) -> Genome:
@@ -255,8 +266,18 @@ def _identity(model: AccessibilityModel, genome: Genome, selection: Selection, m
     }
 
 
+def _sizes(folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+    """Bytes of each file, None where it is missing: a damaged output is not a finished one."""
+    return {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in names}
+
+
 def _earlier(folder: Path, identity: Mapping[str, Any], names: Sequence[str], force: bool) -> dict[str, Any]:
     """The run.json of an earlier prediction in `folder` ({} where there is none); refuses another's."""
+    foreign = [name for name in ("dataset.json", "config.yaml") if (folder / name).exists()]
+    if foreign:
+        raise DataError(
+            f"{folder} is a dataset or a run (it holds {foreign[0]}): choose another folder for predictions"
+        )
     path = folder / "run.json"
     if not path.is_file():
         present = [name for name in names if (folder / name).exists()]

@@ -41,7 +41,7 @@ class RunLog(lightning.Callback):
         )
         self.rows: list[Row] = []
         self.best = -math.inf
-        self.best_epoch = -1
+        self.best_epoch = 0
         self._bar: Any = None
         self._epoch_start = 0.0
         self._windows = 0
@@ -85,7 +85,7 @@ class RunLog(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         row: Row = {
-            "epoch": trainer.current_epoch,
+            "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/loss": float(torch.stack(pl_module.epoch_losses).mean()),
@@ -103,7 +103,7 @@ class RunLog(lightning.Callback):
         if score is not None:
             self._note = f", valid {score[0]} {score[1]:.4f}"
             if score[1] > self.best:
-                self.best, self.best_epoch = score[1], trainer.current_epoch
+                self.best, self.best_epoch = score[1], trainer.current_epoch + 1
                 self._save_model(pl_module)
         pl_module.validation = {}
         with atomic_path(self.folder / RESUME_FILE) as temporary:

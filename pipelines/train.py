@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         path: the run folder.
-        best_epoch: the epoch (from 0) whose model was kept.
+        best_epoch: the epoch, counted from 1, whose model was kept.
         best_score: its validation AUPRC (mean over peak tracks), or Pearson where there is none.
         seconds: wall time of this call.
     """
@@ -156,14 +156,14 @@ def train(
                 f"{describe(chosen)} has not enough memory for batches of {resolved.train.batch_size} windows of "
                 f"{training.window_bp:,} bp; lower train.batch_size or train.window_bp"
             ) from error
-    if log.best_epoch < 0:
+    if log.best_epoch == 0:
         raise DataError(
             "no epoch gave a validation figure, so no model was saved: the validation split has no bin of both classes; "
             "choose other validation chromosomes"
         )
     seconds = (datetime.now(UTC) - began).total_seconds()
     say(
-        f"trained in {seconds:.0f} s, peak memory {_peak_memory(chosen)}; best epoch {log.best_epoch + 1} with a "
+        f"trained in {seconds:.0f} s, peak memory {_peak_memory(chosen)}; best epoch {log.best_epoch} with a "
         f"validation score of {log.best:.4f}; saved in {folder}"
     )
     return Run(folder, log.best_epoch, log.best, seconds)

@@ -110,6 +110,11 @@ class TrainingModule(lightning.LightningModule):
         values, targets, mask = (
             torch.cat([output[index].flatten(0, 1) for output in self._outputs]).numpy() for index in range(3)
         )
+        if not np.isfinite(values).all():
+            raise TrainingError(
+                f"the model's predictions became NaN or infinite by step {self.global_step}; "
+                "lower train.learning_rate and start again"
+            )
         losses = torch.stack([output[3] for output in self._outputs]).mean(0)
         self.validation = {"valid/loss": float((losses * self.track_weights.cpu()).sum())}
         self.thresholds = {}

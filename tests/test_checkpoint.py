@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 import genossm as gs
 from genossm import checkpoint
-from genossm.errors import CheckpointError
+from genossm.errors import CheckpointError, FileError
 from genossm.models.accessibility import AccessibilityModel, ModelConfig
 from genossm.models.encoder import EncoderConfig
 from genossm.models.heads import TrackHead
@@ -104,3 +105,21 @@ def test_a_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
         gs.load(tmp_path)
+
+
+def test_a_full_disk_is_a_sentence_and_others_may_read_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / checkpoint.MODEL_FILE
+    checkpoint.save(make_model(), file)
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    assert file.stat().st_mode == plain.stat().st_mode
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(FileError, match="no space left on the disk"):
+        checkpoint.save(make_model(), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.MODEL_FILE, "plain"]

@@ -109,10 +109,12 @@ def test_sequences(run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest
             "error: the region 'A:0-100' names A, which the genome does not have: write chrA for A",
         ),
         (["--chrom", "chrZ"], 1, "error: the request names chrZ, which the genome does not have"),
-        (["--threshold", "0.5"], 1, "error: a threshold of 0.5 was given, but no regions are called"),
+        (["--threshold", "0.5"], 2, "--threshold needs --call-peaks"),
+        (["--threshold", "2", "--call-peaks"], 2, "2.0 is not in the range 0<=x<=1"),
+        (["--chrom", "chrA", "--region", "chrA:1-9"], 2, "either --chrom or --region"),
         (["--mode", "chromosome"], 2, "Invalid value for '--mode'"),
         (["--batch-size", "0"], 2, "Invalid value for '--batch-size'"),
-        (["--sequences", "x.fa"], 1, "error: sequences have no coordinates"),
+        (["--sequences", "x.fa"], 2, "give one of --genome FASTA and --sequences FASTA"),
     ],
 )
 def test_bad_input_is_a_sentence(
@@ -149,7 +151,53 @@ def test_no_model_no_genome(
     out = ["-o", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["predict", str(tmp_path / "none"), "--genome", str(fasta), *out]) == 1
     assert main(["predict", str(run_folder), "--genome", str(tmp_path / "none.fa"), *out]) == 1
-    assert main(["predict", str(run_folder), *out]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
-    assert "no trained model" in errors[0] and "none.fa" in errors[1] and "neither a genome" in errors[2]
+    assert len(errors) == 2
+    assert "no trained model" in errors[0] and "none.fa" in errors[1]
+    assert main(["predict", str(run_folder), *out]) == 2
+    assert "give one of --genome FASTA and --sequences FASTA" in capsys.readouterr().err
+
+
+def test_a_damaged_output_is_made_again_and_force_always_does(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["predict", str(run_folder), "--genome", str(fasta), "-o", str(out), "--device", "cpu"]
+    assert main(command) == 0
+    bigwig = next(out.glob("*.bw"))
+    whole = bigwig.read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "already holds this prediction" in capsys.readouterr().err
+    bigwig.write_bytes(whole[:1000])
+    assert main(command) == 0
+    assert bigwig.read_bytes() == whole
+    capsys.readouterr()
+    assert main([*command, "--force"]) == 0
+    assert "already holds" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "config.yaml"])
+def test_predictions_do_not_go_into_a_dataset_or_a_run(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    assert main(["predict", str(run_folder), "--genome", str(fasta), "-o", str(out), "--device", "cpu"]) == 1
+    assert "is a dataset or a run" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_records_that_cannot_be_groups_are_refused_before_computing(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "s.fa"
+    records.write_text(">a/b\nACGTACGT\n>a\nACGT\n")
+    out = tmp_path / "out"
+    assert (
+        main(["predict", str(run_folder), "--sequences", str(records), "-o", str(out), "--device", "cpu"])
+        == 1
+    )
+    assert "the record 'a/b'" in capsys.readouterr().err
+    assert not out.exists()

@@ -90,3 +90,18 @@ def test_files_are_read_or_refused_with_a_sentence(tmp_path: Path) -> None:
         load_yaml(listed)
     with pytest.raises(FileError, match="cannot read"):
         load_yaml(tmp_path / "absent.yaml")
+
+
+def test_a_key_given_twice_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+    twice, empty = tmp_path / "twice.yaml", tmp_path / "empty.yaml"
+    twice.write_text("a: 1\nb: {c: 1, c: 2}\n")
+    empty.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="the key 'c' is given twice"):
+        load_yaml(twice)
+    with pytest.raises(ConfigError, match="is empty"):
+        load_yaml(empty)
+
+
+def test_an_override_into_a_list_is_told() -> None:
+    with pytest.raises(ConfigError, match="it is a list: replace it whole"):
+        apply_overrides({"tracks": [{"name": "a"}]}, ["tracks.0.name=b"])

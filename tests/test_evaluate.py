@@ -246,7 +246,7 @@ def test_scoring_training_chromosomes_is_told(
 def test_what_does_not_fit_is_refused(dataset: PreparedDataset) -> None:
     fits = BaseCounter(TRACKS)
     cases = [
-        (BaseCounter((("peaks", "peaks"),)), {}, "signal too"),
+        (BaseCounter((("peaks", "peaks"),)), {}, "but not signal of"),
         (
             BaseCounter((("peaks", "signal"), ("signal", "signal"))),
             {},

@@ -131,6 +131,7 @@ def test_the_encoder_keeps_the_batch_apart_and_trains_every_parameter() -> None:
         ({"pattern": ()}, "pattern is empty"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0"),
+        ({"width": 33}, "head_dim 64 and groups 1 do not divide expand \\* width = 66"),
     ],
 )
 def test_an_impossible_encoder_is_refused(options: dict[str, object], words: str) -> None:

@@ -72,11 +72,11 @@ def test_a_run_leaves_a_model_metrics_and_provenance(
     }
     assert list((run.path / "tensorboard").glob("events*"))
     table = rows(run.path)
-    assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
     assert all(math.isfinite(float(row["train/loss"])) for row in table)
     scores = [float(row["valid/auprc"]) for row in table]
     assert run.best_score == pytest.approx(max(scores), rel=1e-6)
-    assert run.best_epoch == scores.index(max(scores))
+    assert run.best_epoch == scores.index(max(scores)) + 1
     assert load_run_config(run.path / "config.yaml").train.epochs == 4
     model = run.load()
     assert [track.name for track in model.tracks] == ["peaks", "signal"]
@@ -93,7 +93,7 @@ def test_the_saved_model_is_the_one_that_was_validated(
 ) -> None:
     run = gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=["train.epochs=2"])
     table = gs.evaluate(run.path, tiny_prepared, split="valid", device="cpu").set_index("track")
-    best = rows(run.path)[run.best_epoch]
+    best = rows(run.path)[run.best_epoch - 1]
     # validation reads one strand, evaluate the mean of both
     assert table.loc["peaks", "auprc"] == pytest.approx(float(best["valid/peaks/auprc"]), abs=0.1)
 
@@ -285,3 +285,10 @@ def test_a_genome_that_moved_is_told_before_anything_is_written(
     with pytest.raises(FileError, match="genome"):
         gs.train(config, copy, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_predictions_that_overflow_are_told(config: Path, tiny_prepared: Path, tmp_path: Path) -> None:
+    overrides = ["train.learning_rate=1e30", "train.epochs=1", "train.windows_per_epoch=4"]
+    with pytest.raises(TrainingError, match=r"lower train\.learning_rate"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=overrides)
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,20 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--call-peaks", is_flag=True, help="Write called regions of each peaks track as narrowPeak.")
 @click.option(
     "--threshold",
-    type=float,
+    type=click.FloatRange(0, 1),
     metavar="P",
     help="Lowest probability in a called region. Default: the model's own.",
 )
 @batch_size_option()
 @device_option()
-@click.option("--force", is_flag=True, help="Replace another prediction in DIR.")
+@click.option("--force", is_flag=True, help="Replace what is in DIR, another prediction or a finished one.")
 def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **options: Any) -> None:
     """Predict all tracks of the model in RUN and write DIR/<track>.bw, a bigWig each, and DIR/run.json.
 
     Bins of mostly N are gaps. The two strands are averaged. A killed command goes on where it stopped
     when it is run again.
     """
+    _check_usage(options | {"chroms": chroms, "regions": regions})
     from genossm.pipelines.predict import predict
 
     result = predict(run, chroms=chroms or None, regions=regions or None, **options)
@@ -69,3 +71,16 @@ def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **opti
         lines.append(f"{name}: {values}{called}")
     lines += [str(file) for file in result.files]
     show({"out": result.folder, "files": result.files, **result.summary}, "\n".join(lines))
+
+
+def _check_usage(options: Mapping[str, Any]) -> None:
+    """Options that need or exclude each other: bad usage, told before anything heavy is imported."""
+    where = [name for name in ("chroms", "regions", "bed") if options[name]]
+    if (options["genome"] is None) == (options["sequences"] is None):
+        raise click.UsageError("give one of --genome FASTA and --sequences FASTA")
+    if options["sequences"] is not None and where:
+        raise click.UsageError("--sequences have no coordinates: leave out --chrom, --region and --bed")
+    if options["chroms"] and len(where) > 1:
+        raise click.UsageError("give either --chrom or --region and --bed, not both")
+    if options["threshold"] is not None and not options["call_peaks"]:
+        raise click.UsageError("--threshold needs --call-peaks")

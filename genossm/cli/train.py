@@ -42,11 +42,14 @@ def command(
     are never looked at.
     """
     from genossm.dataset import PreparedDataset
+    from genossm.pipelines.device import pick_device
+
+    pick_device(device)  # told at once: the trainer takes seconds to import
     from genossm.pipelines.train import train
 
     data = PreparedDataset(dataset, genome=genome)
     run = train(config, data, out, device=device, seed=seed, resume=resume, overrides=overrides)
     show(
         {"run": run.path, "best_epoch": run.best_epoch, "score": run.best_score, "seconds": run.seconds},
-        f"{run.path}: best epoch {run.best_epoch + 1}, validation score {run.best_score:.4f}, {run.seconds:.0f} s",
+        f"{run.path}: best epoch {run.best_epoch}, validation score {run.best_score:.4f}, {run.seconds:.0f} s",
     )

@@ -45,6 +45,12 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if not self.pattern:
             raise ValueError("pattern is empty; name a mixer per layer, for example [mamba2, mamba2]")
+        inner = self.expand * self.width
+        if inner % self.head_dim or (inner // self.head_dim) % self.groups:
+            raise ValueError(
+                f"head_dim {self.head_dim} and groups {self.groups} do not divide expand * width = {inner}; "
+                "choose a head_dim that divides it, and groups that divide the heads"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.mlp_ratio < 0:
