@@ -72,6 +72,7 @@ class Annotations:
         *,
         chrom_names: Literal["exact", "repair"] = "exact",
         unknown: Literal["error", "skip"] = "error",
+        beyond: Literal["error", "skip"] = "error",
     ) -> Annotations:
         """The rows as they lie on a genome, oddities counted.
 
@@ -82,19 +83,25 @@ class Annotations:
             lengths: chromosome lengths of the genome in bp.
             chrom_names: "repair" renames 1 to chr1, chrMT to chrM and back where that makes a name known.
             unknown: "skip" leaves out rows on any chromosome that the genome lacks (`skipped_unknown`).
+            beyond: "skip" leaves out rows wholly past an end (`skipped_past_end`), as a blacklist of the whole
+                genome has them for a FASTA with a piece of it.
 
         Raises:
-            DataError: a row lies wholly past an end, or a chromosome is unknown.
+            DataError: a row lies wholly past an end and `beyond` is "error", or a chromosome is unknown.
         """
         fitted = self._renamed(repair_names(self.chrom_names(), lengths)) if chrom_names == "repair" else self
         fitted = fitted._without_unknown(lengths, unknown)
         limits = np.array([lengths[name] for name in fitted.chroms.tolist()], dtype=np.int64)
         outside = fitted.starts >= limits
-        if np.any(outside):
+        if beyond == "skip" and np.any(outside):
+            skipped = int(np.count_nonzero(outside))
+            fitted, limits = fitted._rows(~outside, skipped_past_end=skipped), limits[~outside]
+        elif np.any(outside):
             row = int(np.argmax(outside))
             more = f" and {int(outside.sum()) - 1} more rows" if outside.sum() > 1 else ""
+            lie = "lie" if more else "lies"
             raise DataError(
-                f"{self.path}: {fitted._name_row(row)}{more} lies wholly past the end of "
+                f"{self.path}: {fitted._name_row(row)}{more} {lie} wholly past the end of "
                 f"{fitted.chroms[row]}, which has {limits[row]:,} bp: the file probably belongs to another "
                 "assembly; give one made for this genome"
             )
@@ -163,6 +170,10 @@ class Annotations:
         kept = ~np.isin(self.chroms, absent)
         skipped_unknown = sum(self.count(name) for name in offenders)
         skipped_unplaced = int(np.count_nonzero(~kept)) - skipped_unknown
+        return self._rows(kept, skipped_unplaced=skipped_unplaced, skipped_unknown=skipped_unknown)
+
+    def _rows(self, kept: npt.NDArray[np.bool_], **left_out: int) -> Annotations:
+        """The rows `kept`, with how many were left out, and why."""
         return replace(
             self,
             chroms=self.chroms[kept],
@@ -171,9 +182,7 @@ class Annotations:
             summits=self.summits[kept],
             scores=self.scores[kept],
             strands=self.strands[kept],
-            oddities=_counted(
-                self.oddities, skipped_unplaced=skipped_unplaced, skipped_unknown=skipped_unknown
-            ),
+            oddities=_counted(self.oddities, **left_out),
         )
 
     def _name_row(self, row: int) -> str:

@@ -174,6 +174,10 @@ def expand_variables(text: str, where: str) -> str:
         name = match.group(1) or match.group(2)
         if os.environ.get(name):
             return os.environ[name]
+        if name in os.environ:
+            raise ConfigError(
+                f"{where}: {text!r} needs the environment variable {name}, which is empty; set it"
+            )
         near = difflib.get_close_matches(name, list(os.environ), n=1, cutoff=0.8)
         hint = f" (did you mean ${near[0]}?)" if near else ""
         raise ConfigError(

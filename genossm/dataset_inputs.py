@@ -257,7 +257,10 @@ def _open_annotations(
         annotations = read_annotations(file)
         if genome is not None:
             annotations = annotations.fit(
-                genome.lengths, chrom_names=config.chrom_names, unknown=config.unknown
+                genome.lengths,
+                chrom_names=config.chrom_names,
+                unknown=config.unknown,
+                beyond="skip" if role == "exclude" else "error",
             )
         return annotations
 
@@ -332,6 +335,9 @@ def _match_signal(
     missing = [chrom for chrom in lengths if chrom not in names]
     if missing:
         notes.append(f"{Path(file).name} (track {track.name}) lacks {_some(missing)}: masked there")
+    renamed = sum(name != chrom for chrom, name in names.items())
+    if renamed:
+        notes.append(f"{Path(file).name}: renamed {renamed} chromosomes")
     if wrong:
         notes.append(f"{Path(file).name}: another length of {_some(wrong)}, not in use")
     if unknown:

@@ -309,3 +309,13 @@ def test_real_files_with_oddities(realdata: Path) -> None:
         blacklist.fit({"chr1": 1_000_000}, unknown="skip")
     with pytest.raises(DataError, match="names chromosomes that the genome lacks: chr10"):
         blacklist.fit(yeast)
+
+
+def test_rows_past_the_end_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "blacklist.bed"
+    path.write_text("chr1\t10\t20\nchr1\t95\t120\nchr1\t500\t600\nchr1\t700\t800\n")
+    fitted = read_annotations(path).fit({"chr1": 100}, beyond="skip")
+    assert list(zip(fitted.starts.tolist(), fitted.ends.tolist(), strict=True)) == [(10, 20), (95, 100)]
+    assert fitted.oddities == {"past_end": 1, "skipped_past_end": 2}
+    with pytest.raises(DataError, match="chr1:500-600 and 1 more rows lie wholly past the end"):
+        read_annotations(path).fit({"chr1": 100})

@@ -131,7 +131,7 @@ def test_a_variable_that_is_not_set_is_named(tmp_path: Path, old: str, new: str,
 
 def test_an_empty_or_misspelled_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENOSSM_REALDATA", "")
-    with pytest.raises(ConfigError, match="GENOSSM_REALDATA, which is not set"):
+    with pytest.raises(ConfigError, match="GENOSSM_REALDATA, which is empty"):
         expand_variables("$GENOSSM_REALDATA/a.fa", "here")
     monkeypatch.setenv("GENOSSM_REALDATA", "/data")
     with pytest.raises(ConfigError, match=r"did you mean \$GENOSSM_REALDATA\?"):
