@@ -27,19 +27,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FileError(
-                f"no space left on the disk while writing {target}; nothing was left behind: "
-                "free some space or write elsewhere, then run the command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise FileError(
-                f"cannot write {target}: {error.strerror}; choose a folder you may write to"
-            ) from error
-        raise
+        told = write_error(error, target)
+        if told is None:
+            raise
+        raise told from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_error(error: BaseException, target: Path) -> FileError | None:
+    """The sentence for a failure to write `target`, which left nothing behind; None where it is something else."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return FileError(
+            f"no space left on the disk while writing {target}; nothing was left behind: free some space or "
+            "choose another folder, then run the command again"
+        )
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return FileError(f"cannot write {target}: {os.strerror(number)}; choose a folder you may write to")
+    return None
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

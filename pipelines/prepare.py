@@ -6,7 +6,6 @@ only when the configuration or an input file has changed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import genossm
+from genossm.atomic import write_error
 from genossm.config import apply_overrides, load_yaml, to_mapping
 from genossm.dataset import (
     FORMAT,
@@ -44,7 +44,6 @@ from genossm.windows import Window, find_leaks, tile, write_windows
 if TYPE_CHECKING:
     import h5py
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK_BYTES = 1 << 24
 _CHUNK_BYTES = 1 << 18
 
@@ -310,16 +309,10 @@ def _staging(folder: Path) -> Iterator[Path]:
         _put_in_place(stage, folder)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FileError):
-            if error.errno in _FULL:
-                raise FileError(
-                    f"no space left on the disk while writing {folder}; nothing was left behind: free some "
-                    "space or choose another folder, then run the command again"
-                ) from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-                raise FileError(
-                    f"cannot write {folder}: {error.strerror}; choose a folder you may write to"
-                ) from error
+        cause = error.__cause__ if isinstance(error, FileError) and error.__cause__ else error
+        told = write_error(cause, folder)  # names the folder asked for, not a file of the stage
+        if told is not None:
+            raise told from cause
         raise
 
 

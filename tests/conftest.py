@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +133,13 @@ def tiny_prepared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("prepared") / "tiny"
     prepare(tiny_folder / "dataset.yaml", folder)
     return folder
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny dataset that a test may spoil."""
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for name in ("genome.fa", "peaks.narrowPeak", "signal.bw", "dataset.yaml"):
+        shutil.copy(tiny_folder / name, copy / name)
+    return copy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,6 @@ from genossm.errors import DataError, FileError
 from genossm.pipelines.check import Statistics, Tally, check
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny dataset that a test may spoil."""
-    copy = tmp_path / "data"
-    copy.mkdir()
-    for name in ("genome.fa", "peaks.narrowPeak", "signal.bw", "dataset.yaml"):
-        shutil.copy(tiny_folder / name, copy / name)
-    return copy
 
 
 @pytest.fixture

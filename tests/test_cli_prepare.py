@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,6 @@ from click.testing import CliRunner
 from genossm.cli import group, main
 from genossm.dataset import PreparedDataset
 from genossm.errors import DataError
-
-
-@pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny dataset that a test may spoil."""
-    copy = tmp_path / "data"
-    copy.mkdir()
-    for name in ("genome.fa", "peaks.narrowPeak", "signal.bw", "dataset.yaml"):
-        shutil.copy(tiny_folder / name, copy / name)
-    return copy
 
 
 def test_prepare_prints_what_it_made(folder: Path, tmp_path: Path) -> None:

@@ -30,16 +30,6 @@ from genossm.windows import Window, read_windows
 NAMES = {"dataset.json", "targets.h5", "windows.tsv"}
 
 
-@pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny dataset that a test may spoil."""
-    copy = tmp_path / "data"
-    copy.mkdir()
-    for name in ("genome.fa", "peaks.narrowPeak", "signal.bw", "dataset.yaml"):
-        shutil.copy(tiny_folder / name, copy / name)
-    return copy
-
-
 def stamp(path: Path) -> tuple[int, int]:
     """What changes when a folder is made again."""
     status = (path / "targets.h5").stat()

@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": "Predict every track along chromosomes, regions or sequences.",
     "simulate": "Write a small genome with planted, known regulatory grammar.",
     "demo": "Run the whole path on a simulated genome and write one report page.",
+    "bench": "Check the scan kernels, then time them on this machine.",
 }
 
 
