@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from genossm.kernels.arguments import (
+    Backend,
+    Direction,
+    Pair,
+    States,
+    accumulation,
+    by_direction,
+    check_choices,
+    check_real,
+    check_shape,
+    final_states,
+    gated,
+    state_pair,
+    step_sizes,
+)
+from genossm.kernels.packing import ChunkLayout, sequence_bounds
 from genossm.kernels.reference import ssd_reference
 from genossm.kernels.ssd_torch import ssd_chunked
-
-Direction = Literal["forward", "reverse", "both"]
-Backend = Literal["auto", "torch", "reference"]
-States = Tensor | tuple[Tensor, Tensor]
 
 DEFAULT_CHUNK = {"cpu": 64, "cuda": 128}
 
@@ -31,17 +40,21 @@ def ssd(
     direction: Direction = "forward",
     chunk_size: int | None = None,
     backend: Backend = "auto",
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, States]:
     """State-space duality scan (Dao & Gu 2024, "Transformers are SSMs", eqs. 1 and 6).
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t (outer) B_t;    y_t = h_t . C_t + D x_t
 
     `reverse` equals flip(ssd(flip(inputs))); `both` is the sum of forward and reverse with D added once, in one pass
-    over x, B and C.
+    over x, B and C. With dt_bias and dt_softplus, softplus(dt + dt_bias) stands for dt; with z, y * silu(z) for y.
 
     Args:
         x: (batch, length, heads, head_dim), float64, float32, bfloat16 or float16; any strides.
-        dt: (batch, length, heads), > 0; for `both` also (batch, length, heads, 2), index 0 forward, 1 reverse.
+        dt: (batch, length, heads), > 0 after bias and softplus; for `both` also (batch, length, heads, 2), index 0 forward, 1 reverse.
         A: (heads,), < 0; for `both` also (heads, 2).
         B, C: (batch, length, groups, state); `groups` divides `heads`.
         D: (heads,) or (heads, head_dim), or None.
@@ -51,95 +64,106 @@ def ssd(
         direction: `forward`, `reverse` or `both`.
         chunk_size: positions of a chunk of the torch backend; None takes 64 on a CPU and 128 elsewhere.
         backend: `torch` (chunked matmul form), `reference` (step by step, slow), or `auto` (torch).
+        z: shaped like x, the gate, or None.
+        dt_bias: (heads,) or None; for `both` also (heads, 2).
+        dt_softplus: whether dt + dt_bias goes through softplus.
+        cu_seqlens: (sequences + 1,) int32 or int64, for several sequences one after another in a batch of 1: 0, the
+            ends of all but the last, length. Each is scanned by itself, in both directions, and states are
+            (sequences, heads, head_dim, state).
 
     Returns:
         y like x; with `return_final_state`, the pair (y, final state).
 
     Raises:
-        ValueError: a shape, dtype, direction or backend that does not fit.
+        ValueError: a shape, dtype, direction, backend or boundary that does not fit.
     """
-    _check(x, dt, A, B, C, D, direction, chunk_size, backend)
-    forward, reverse = direction != "reverse", direction != "forward"
-    starts = _pair(initial_state, direction)
-    separate_dt, separate_A = dt.dim() == 4, A.dim() == 2
-    dts = (dt[..., 0], dt[..., 1]) if separate_dt else (dt, dt)
-    As = (A[:, 0], A[:, 1]) if separate_A else (A, A)
-    _check_states(starts, x, B)
+    _check(x, dt, A, B, C, D, z, dt_bias, direction, chunk_size, backend)
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, x.shape[0], x.shape[1])
+    sequences = x.shape[0] if bounds is None else len(bounds)
+    starts = state_pair(initial_state, direction, (sequences, x.shape[2], x.shape[3], B.shape[3]))
 
     with torch.autocast(x.device.type, enabled=False):
+        dt = step_sizes(dt, dt_bias, softplus=dt_softplus, dtype=accumulation(x.dtype))
+        separate = dt.dim() == 4 or A.dim() == 2
+        dts = by_direction(dt, separate=dt.dim() == 4)
+        dt_pair: Pair = (
+            None if direction == "reverse" else dts[0],
+            None if direction == "forward" else dts[1],
+        )
+        As = by_direction(A, separate=A.dim() == 2)
         if backend == "reference":
-            y, finals = _by_steps(x, dts, As, B, C, D, starts, forward=forward, reverse=reverse)
+            y, finals = _by_steps(x, dt_pair, As, B, C, D, starts, bounds)
         else:
-            size = chunk_size or min(DEFAULT_CHUNK.get(x.device.type, 128), max(1, x.shape[1]))
-            y, finals = ssd_chunked(
-                x,
-                (dts[0] if forward else None, dts[1] if reverse else None),
-                As,
-                B,
-                C,
-                D,
-                starts,
-                chunk_size=size,
-                shared=direction == "both" and not (separate_dt or separate_A),
+            size = chunk_size or min(DEFAULT_CHUNK.get(x.device.type, 128), x.shape[1])
+            y, finals = _by_chunks(
+                x, dt_pair, As, B, C, D, starts, bounds, size, shared=direction == "both" and not separate
             )
-    if not return_final_state:
-        return y
-    if direction == "both":
-        assert finals[0] is not None and finals[1] is not None
-        return y, (finals[0], finals[1])
-    final = finals[0] if forward else finals[1]
-    assert final is not None
-    return y, final
+        y = gated(y, z).to(x.dtype)
+    return (y, final_states(finals, direction)) if return_final_state else y
 
 
-def _by_steps(
+def _by_chunks(
     x: Tensor,
-    dts: tuple[Tensor, Tensor],
+    dts: Pair,
     As: tuple[Tensor, Tensor],
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    starts: tuple[Tensor | None, Tensor | None],
+    starts: Pair,
+    bounds: list[tuple[int, int]] | None,
+    chunk_size: int,
     *,
-    forward: bool,
-    reverse: bool,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    zeros = torch.zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=accumulate, device=x.device)
+    shared: bool,
+) -> tuple[Tensor, Pair]:
+    """The torch backend; several sequences are first moved apart to chunks of their own."""
+    if bounds is None:
+        return ssd_chunked(x, dts, As, B, C, D, starts, chunk_size=chunk_size, shared=shared)
+    layout = ChunkLayout.of(bounds, chunk_size, x.device)
+    x, B, C = (layout.spread(tensor) for tensor in (x, B, C))
+    spread: Pair = (
+        None if dts[0] is None else layout.spread(dts[0]),
+        None if dts[1] is None else layout.spread(dts[1]),
+    )
+    y, finals = ssd_chunked(
+        x, spread, As, B, C, D, starts, chunk_size=chunk_size, shared=shared, counts=layout.counts
+    )
+    return layout.gather(y), finals
+
+
+def _by_steps(
+    x: Tensor,
+    dts: Pair,
+    As: tuple[Tensor, Tensor],
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    starts: Pair,
+    bounds: list[tuple[int, int]] | None,
+) -> tuple[Tensor, Pair]:
+    """The reference backend, one sequence after the other where a row holds several."""
+    accumulate = accumulation(x.dtype)
+    wide = x.to(accumulate)
+    zeros = torch.zeros((), dtype=accumulate, device=x.device).expand(x.shape[0], *x.shape[2:], B.shape[3])
     total: Tensor | None = None
     finals: list[Tensor | None] = [None, None]
-    for index, wanted in enumerate((forward, reverse)):
-        if not wanted:
+    for index, (dt, A, start) in enumerate(zip(dts, As, starts, strict=True)):
+        if dt is None:
             continue
-        start = starts[index]
         once = D if total is None else None
-        y, finals[index] = ssd_reference(
-            x.to(accumulate),
-            dts[index],
-            As[index],
-            B,
-            C,
-            once,
-            zeros if start is None else start,
-            reverse=index == 1,
-        )
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for number, (first, end) in enumerate(bounds or [(0, x.shape[1])]):
+            here = slice(first, end)
+            state = zeros if start is None else start if bounds is None else start[number : number + 1]
+            pieces.append(
+                ssd_reference(
+                    wide[:, here], dt[:, here], A, B[:, here], C[:, here], once, state, reverse=index == 1
+                )
+            )
+        y = torch.cat([piece for piece, _ in pieces], 1)
+        finals[index] = torch.cat([final for _, final in pieces])
         total = y if total is None else total + y
     assert total is not None
-    return total.to(x.dtype), (finals[0], finals[1])
-
-
-def _pair(states: States | None, direction: Direction) -> tuple[Tensor | None, Tensor | None]:
-    if states is None:
-        return None, None
-    if direction == "both":
-        if not isinstance(states, tuple) or len(states) != 2:
-            raise ValueError("initial_state for direction='both' is not a pair; give (forward, reverse)")
-        return states
-    if not isinstance(states, Tensor):
-        raise ValueError(
-            f"initial_state for direction={direction!r} is a {type(states).__name__}; give one tensor"
-        )
-    return (states, None) if direction == "forward" else (None, states)
+    return total, (finals[0], finals[1])
 
 
 def _check(
@@ -149,47 +173,43 @@ def _check(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
     direction: str,
     chunk_size: int | None,
     backend: str,
 ) -> None:
-    if direction not in ("forward", "reverse", "both"):
-        raise ValueError(f"direction is {direction!r}; allowed are 'forward', 'reverse' and 'both'")
-    if backend not in ("auto", "torch", "reference"):
-        raise ValueError(f"backend is {backend!r}; allowed are 'auto', 'torch' and 'reference'")
+    check_choices(direction, backend)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; give a whole number of at least 1, or None")
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; (batch, length >= 1, heads, head_dim) is needed")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}; a floating-point dtype is needed")
+    for name, tensor in (
+        ("x", x),
+        ("dt", dt),
+        ("A", A),
+        ("B", B),
+        ("C", C),
+        ("D", D),
+        ("z", z),
+        ("dt_bias", dt_bias),
+    ):
+        if tensor is not None:
+            check_real(name, tensor)
     batch, length, heads, head_dim = x.shape
-    dt_shapes: list[tuple[int, ...]] = [(batch, length, heads)]
-    A_shapes: list[tuple[int, ...]] = [(heads,)]
-    if direction == "both":
-        dt_shapes.append((batch, length, heads, 2))
-        A_shapes.append((heads, 2))
+    both = direction == "both"
     groups, state = (B.shape[2], B.shape[3]) if B.dim() == 4 else (0, 0)
     if groups == 0 or heads % groups:
         raise ValueError(
             f"B has shape {tuple(B.shape)}; (batch, length, groups, state) is needed, groups dividing the {heads} heads"
         )
-    _check_shape("dt", dt, dt_shapes)
-    _check_shape("A", A, A_shapes)
-    _check_shape("B", B, [(batch, length, groups, state)])
-    _check_shape("C", C, [(batch, length, groups, state)])
+    check_shape("dt", dt, [(batch, length, heads), *([(batch, length, heads, 2)] if both else [])])
+    check_shape("A", A, [(heads,), *([(heads, 2)] if both else [])])
+    check_shape("B", B, [(batch, length, groups, state)])
+    check_shape("C", C, [(batch, length, groups, state)])
     if D is not None:
-        _check_shape("D", D, [(heads,), (heads, head_dim)])
-
-
-def _check_states(starts: tuple[Tensor | None, Tensor | None], x: Tensor, B: Tensor) -> None:
-    for start in starts:
-        if start is not None:
-            _check_shape("initial_state", start, [(x.shape[0], x.shape[2], x.shape[3], B.shape[3])])
-
-
-def _check_shape(name: str, tensor: Tensor, allowed: Sequence[tuple[int, ...]]) -> None:
-    if tuple(tensor.shape) not in allowed:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; allowed is {' or '.join(map(str, allowed))}"
-        )
+        check_shape("D", D, [(heads,), (heads, head_dim)])
+    if z is not None:
+        check_shape("z", z, [(batch, length, heads, head_dim)])
+    if dt_bias is not None:
+        check_shape("dt_bias", dt_bias, [(heads,), *([(heads, 2)] if both else [])])

@@ -1,31 +1,47 @@
 """State-space duality (Mamba-2) in chunked matmul form, plain torch: any device, differentiable, memory linear in length.
 
+A few chunks are worked on at a time, so that what lies between stays small; for the gradient of a long sequence only the
+inputs and the state that enters each chunk are kept, and the rest is computed again.
+
 Letters: b batch, n chunks, q positions of a chunk, g groups, r heads of a group, h = g*r heads, p head_dim, s state.
-Decays are exp of differences of cumulative sums, all of them <= 0, accumulated in float32 (float64 for float64 inputs).
+Decays are exp of differences of cumulative sums, all of them <= 0, computed in float32 (float64 for float64 inputs). On a CPU,
+where it costs nothing that could be measured, the sums are of float64: a step of 50 among small ones takes digits of float32.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-CHUNKS_PER_BLOCK = 64
-"""Chunk states passed on by one matrix product; longer sequences loop over blocks, so cost stays linear."""
+from genossm.kernels.arguments import Pair, accumulation
+from genossm.kernels.ssd_carry import carry_packed_states, carry_states
+
+BLOCK_ELEMENTS = {"cpu": 2**21}
+"""Elements of x that are worked on at a time, at least one chunk."""
+BLOCK_ELEMENTS_ELSEWHERE = 2**25
+RECOMPUTE_ABOVE = 2**26
+"""Pairs of positions within chunks, over all heads, above which a gradient computes them again."""
 
 
 def ssd_chunked(
     x: Tensor,
-    dt: tuple[Tensor | None, Tensor | None],
-    A: tuple[Tensor | None, Tensor | None],
+    dt: Pair,
+    A: Pair,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    initial: tuple[Tensor | None, Tensor | None],
+    initial: Pair,
     *,
     chunk_size: int,
     shared: bool,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    counts: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Pair]:
     """The SSD scan in one or both directions.
 
     Args:
@@ -36,112 +52,138 @@ def ssd_chunked(
         D: (heads,) or (heads, head_dim), added once.
         chunk_size: positions of a chunk; cost per position grows with it, the number of carried states falls.
         shared: both directions have the same dt and A, so that one exponential serves a pair of positions.
+        counts: chunks of each of several sequences in one row (batch 1); states are then (sequences, ...).
 
     Returns:
-        y like x, and the pair of final states.
+        y, shaped like x, in the dtype computed in, and the pair of final states.
     """
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, length, heads, head_dim = x.shape
-    groups, state = B.shape[2:]
-    ratio = heads // groups
     padding = -length % chunk_size
-    chunks = (length + padding) // chunk_size
+    elements = BLOCK_ELEMENTS.get(x.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+    per_block = max(1, elements // (batch * chunk_size * heads * head_dim))
 
-    def chunked(tensor: Tensor, *tail: int) -> Tensor:
+    pairs = batch * (length + padding) * heads * chunk_size
+    run = _recomputed if torch.is_grad_enabled() and pairs > RECOMPUTE_ABOVE else _kept
+
+    def blocks(tensor: Tensor) -> list[Tensor]:
         padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor
-        return padded.reshape(batch, chunks, chunk_size, *tail)
+        return list(torch.split(padded.unflatten(1, (-1, chunk_size)), per_block, 1))  # type: ignore[no-untyped-call]
 
-    x_bngqrp = chunked(x, groups, ratio, head_dim).transpose(2, 3)
-    B_bngqs = chunked(B, groups, state).transpose(2, 3).to(accumulate)
-    C_bngqs = chunked(C, groups, state).transpose(2, 3).to(accumulate)
-    scores_bngqq = C_bngqs @ B_bngqs.transpose(-1, -2)
-
-    mixing: Tensor | None = None
-    between: Tensor | None = None
-    finals: list[Tensor | None] = []
-    for reverse in (False, True):
-        dt_direction, A_direction, start = dt[reverse], A[reverse], initial[reverse]
+    x_blocks, B_blocks, C_blocks = blocks(x), blocks(B), blocks(C)
+    entering: list[list[Tensor]] = []
+    finals: list[Tensor | None] = [None, None]
+    directions: list[tuple[bool, list[Tensor], Tensor]] = []
+    for reverse, dt_direction, A_direction, start in zip((False, True), dt, A, initial, strict=True):
         if dt_direction is None or A_direction is None:
-            finals.append(None)
             continue
-        dt_bngrq = chunked(dt_direction, groups, ratio).to(accumulate).permute(0, 1, 3, 4, 2)
-        step = dt_bngrq * A_direction.to(accumulate).view(groups, ratio, 1)
-        inclusive = step.cumsum(-1)
-        exclusive = inclusive - step
-        total = inclusive[..., -1:]
-        # weight of a position's input in the state that leaves its chunk; weight of the entering state at a position
-        leaving = torch.exp(exclusive if reverse else total - inclusive) * dt_bngrq
-        entering = torch.exp(total - exclusive if reverse else inclusive)
-        if not (shared and reverse):
-            part = _pair_weights(inclusive, exclusive, dt_bngrq, reverse=reverse, both=shared)
-            mixing = part if mixing is None else mixing + part
+        dt_blocks = blocks(dt_direction)
+        directions.append((reverse, dt_blocks, A_direction))
+        parts = [
+            run(_added_states, *block, A_direction, reverse)
+            for block in zip(x_blocks, dt_blocks, B_blocks, strict=True)
+        ]
+        states, log_decay = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        start_bhsp = None if start is None else start.to(states.dtype).transpose(-1, -2)
+        if counts is None:
+            before, final = carry_states(states, log_decay, start_bhsp, reverse=reverse)
+        else:
+            before, final = carry_packed_states(states, log_decay, start_bhsp, counts, reverse=reverse)
+        finals[reverse] = final.transpose(-1, -2)
+        entering.append(list(torch.split(before, per_block, 1)))
 
-        weighted = x_bngqrp.to(accumulate) * leaving.permute(0, 1, 2, 4, 3)[..., None]
-        states = B_bngqs.transpose(-1, -2) @ weighted.flatten(-2)
-        states_bnhsp = (
-            states.view(batch, chunks, groups, state, ratio, head_dim).transpose(3, 4).flatten(2, 3)
-        )
-        start_bhsp = None if start is None else start.to(accumulate).transpose(-1, -2)
-        before, final = _carry(states_bnhsp, total.flatten(2), start_bhsp, reverse=reverse)
-        finals.append(final.transpose(-1, -2))
-        before_bngsrp = before.view(batch, chunks, groups, ratio, state, head_dim).transpose(3, 4)
-        carried = (C_bngqs @ before_bngsrp.flatten(-2)).view(
-            batch, chunks, groups, chunk_size, ratio, head_dim
-        )
-        carried = carried * entering.permute(0, 1, 2, 4, 3)[..., None]
-        between = carried if between is None else between + carried
-
-    assert mixing is not None and between is not None
-    within = (scores_bngqq.unsqueeze(3) * mixing).to(x.dtype) @ x_bngqrp.transpose(3, 4)
-    y = within.transpose(3, 4).to(accumulate) + between
-    if D is not None:
-        y = y + x_bngqrp.to(accumulate) * D.to(accumulate).view(groups, 1, ratio, -1)
-    y = y.transpose(2, 3).reshape(batch, length + padding, heads, head_dim)[:, :length]
-    return y.to(x.dtype), (finals[0], finals[1])
+    outputs: list[Tensor] = []
+    for i, (x_i, B_i, C_i) in enumerate(zip(x_blocks, B_blocks, C_blocks, strict=True)):
+        scans = [
+            (reverse, dt_blocks[i], A_direction, states[i])
+            for (reverse, dt_blocks, A_direction), states in zip(directions, entering, strict=True)
+        ]
+        flat = [item for scan in scans for item in scan]
+        outputs.append(run(_outputs, x_i, B_i, C_i, D, shared, *flat))
+    y = torch.cat(outputs, 1).flatten(1, 2)[:, :length]
+    return y, (finals[0], finals[1])
 
 
-def _pair_weights(inclusive: Tensor, exclusive: Tensor, dt: Tensor, *, reverse: bool, both: bool) -> Tensor:
-    """Decay from the input at each position (last axis) to the output at each (axis before), times dt: (..., q, q)."""
-    size = inclusive.shape[-1]
-    ones = torch.ones(size, size, dtype=torch.bool, device=inclusive.device)
-    forward = inclusive[..., :, None] - inclusive[..., None, :]
-    if both:  # below the diagonal the forward scan, above it the reverse one; the diagonal belongs to both
-        backward = exclusive[..., None, :] - exclusive[..., :, None]
-        exponent = torch.where(ones.tril(), forward, backward)
-        twice = 1 + torch.eye(size, dtype=dt.dtype, device=dt.device)
-        return torch.exp(exponent) * (dt[..., None, :] * twice)
-    if reverse:
-        exponent = (exclusive[..., None, :] - exclusive[..., :, None]).masked_fill(ones.tril(-1), -torch.inf)
-    else:
-        exponent = forward.masked_fill(ones.triu(1), -torch.inf)
-    return torch.exp(exponent) * dt[..., None, :]
+def _kept(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
-def _carry(
-    states: Tensor, log_decay: Tensor, initial: Tensor | None, *, reverse: bool
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, of which autograd keeps the arguments only."""
+    return checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+
+
+def _log_decays(dt_bnqh: Tensor, A_h: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative sums of dt A within each chunk, with and without the position itself, (b, n, h, q)."""
+    precise = torch.float64 if dt_bnqh.device.type == "cpu" else accumulation(dt_bnqh.dtype)
+    step = (dt_bnqh.to(precise) * A_h.to(precise)).transpose(2, 3)
+    inclusive = step.cumsum(-1)
+    return inclusive, inclusive - step
+
+
+def _added_states(
+    x_bnqhp: Tensor, dt_bnqh: Tensor, B_bnqgs: Tensor, A_h: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk, and the one that leaves the last.
+    """What each chunk adds to the state, (b, n, h, s, p), and its whole decay, (b, n, h)."""
+    accumulate = accumulation(x_bnqhp.dtype)
+    batch, chunks, _, groups, state = B_bnqgs.shape
+    inclusive, exclusive = _log_decays(dt_bnqh, A_h)
+    total = inclusive[..., -1:]
+    leaving = torch.exp((exclusive if reverse else total - inclusive).to(accumulate))
+    weighted = x_bnqhp.to(accumulate) * (leaving.transpose(2, 3) * dt_bnqh)[..., None]
+    by_group = weighted.unflatten(3, (groups, -1)).flatten(-2).transpose(2, 3)  # type: ignore[no-untyped-call]
+    states = B_bnqgs.to(accumulate).permute(0, 1, 3, 4, 2) @ by_group
+    states = states.view(batch, chunks, groups, state, -1, x_bnqhp.shape[-1]).transpose(3, 4)
+    return states.flatten(2, 3), total[..., 0]
+
+
+def _outputs(
+    x_bnqhp: Tensor, B_bnqgs: Tensor, C_bnqgs: Tensor, D: Tensor | None, shared: bool, *scans: Any
+) -> Tensor:
+    """y (b, n, q, h, p) from each chunk's own inputs and the states that enter it.
 
     Args:
-        states: (b, n, h, s, p), what each chunk adds. log_decay: (b, n, h), each chunk's whole decay.
-        initial: (b, h, s, p) or None for zeros.
+        scans: for each direction, one after the other: reverse, dt (b, n, q, h), A (h,), entering (b, n, h, s, p).
     """
-    if reverse:
-        states, log_decay = states.flip(1), log_decay.flip(1)
-    shape = states.shape
-    flat = states.flatten(-2).transpose(1, 2)
-    decay = log_decay.transpose(1, 2)
-    carry = flat.new_zeros(*flat.shape[:2], flat.shape[-1]) if initial is None else initial.flatten(-2)
-    entering: list[Tensor] = []
-    for block, block_decay in zip(
-        torch.split(flat, CHUNKS_PER_BLOCK, 2), torch.split(decay, CHUNKS_PER_BLOCK, 2), strict=True
-    ):
-        reach = F.pad(block_decay.cumsum(-1), (1, 0))
-        exponent = reach[..., :, None] - reach[..., None, :]
-        ahead = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=exponent.device).triu(1)
-        weights = torch.exp(exponent.masked_fill(ahead, -torch.inf))
-        passed = weights @ torch.cat([carry.unsqueeze(2), block], dim=2)
-        entering.append(passed[:, :, :-1])
-        carry = passed[:, :, -1]
-    before = torch.cat(entering, dim=2).transpose(1, 2).reshape(shape)
-    return (before.flip(1) if reverse else before), carry.view(shape[0], *shape[2:])
+    accumulate = accumulation(x_bnqhp.dtype)
+    batch, chunks, size, heads, head_dim = x_bnqhp.shape
+    groups = B_bnqgs.shape[3]
+    x = x_bnqhp.to(accumulate)
+    C_bngqs = C_bnqgs.to(accumulate).transpose(2, 3)
+    scores_bngqq = C_bngqs @ B_bnqgs.to(accumulate).permute(0, 1, 3, 4, 2)
+    ones = torch.ones(size, size, dtype=torch.bool, device=x.device)
+    mixing: Tensor | None = None
+    between: Tensor | None = None
+    x_dt, one_dt = x, shared or len(scans) == 4  # else each direction's dt goes to its weights
+    for reverse, dt_bnqh, A_h, entering_bnhsp in zip(*(scans[i::4] for i in range(4)), strict=True):
+        inclusive, exclusive = _log_decays(dt_bnqh, A_h)
+        decay = torch.exp((inclusive[..., -1:] - exclusive if reverse else inclusive).to(accumulate))
+        by_group = entering_bnhsp.unflatten(2, (groups, -1)).transpose(3, 4).flatten(-2)
+        carried = (C_bngqs @ by_group).transpose(2, 3).reshape(batch, chunks, size, heads, head_dim)
+        carried = carried * decay.transpose(2, 3)[..., None]
+        between = carried if between is None else between + carried
+        if shared and reverse:
+            continue
+        exponent = inclusive[..., :, None] - inclusive[..., None, :]
+        if reverse or shared:
+            backward = exclusive[..., None, :] - exclusive[..., :, None]
+            exponent = torch.where(ones.tril(), exponent, backward) if shared else backward
+        exponent = exponent.to(accumulate)
+        if (
+            shared
+        ):  # below the diagonal the forward scan, above it the reverse one; the diagonal belongs to both
+            exponent += math.log(2) * torch.eye(size, dtype=accumulate, device=x.device)
+        else:
+            exponent = exponent.masked_fill(ones.tril(-1) if reverse else ones.triu(1), -torch.inf)
+        weights = torch.exp(exponent)
+        if one_dt:
+            x_dt = x * dt_bnqh.to(accumulate)[..., None]
+        else:
+            weights = weights * dt_bnqh.to(accumulate).transpose(2, 3)[..., None, :]
+        mixing = weights if mixing is None else mixing + weights
+    assert mixing is not None and between is not None
+    mixing = scores_bngqq.unsqueeze(3) * mixing.view(batch, chunks, groups, -1, size, size)
+    within = mixing.flatten(2, 3).to(x_bnqhp.dtype) @ x_dt.to(x_bnqhp.dtype).transpose(2, 3)
+    y = within.transpose(2, 3).to(accumulate) + between
+    return y if D is None else y + x * (D if D.dim() == 2 else D[:, None]).to(accumulate)

@@ -6,12 +6,15 @@ Tolerances are relative to the largest element: float64 1e-12, float32 2e-5, bfl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from genossm.kernels import ssd_torch
 from genossm.kernels.ssd import ssd
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -67,8 +70,8 @@ def make(
     return inputs
 
 
-def run(inputs: Inputs, direction: str, **options: Any) -> list[Tensor]:
-    """y, final states and the gradient of a random function of them by every input."""
+def run(inputs: Inputs, direction: str, also: tuple[Tensor, ...] = (), **options: Any) -> list[Tensor]:
+    """y, final states and the gradient of a random function of them by every input, `also` those given in options."""
     initial: Any = inputs.states if direction == "both" else inputs.states[0]
     y, finals = ssd(
         inputs.x,
@@ -89,7 +92,7 @@ def run(inputs: Inputs, direction: str, **options: Any) -> list[Tensor]:
         for output in outputs
     )
     wanted = inputs.tensors() if direction == "both" else inputs.tensors()[:-1]
-    return [*outputs, *torch.autograd.grad(loss, wanted)]
+    return [*outputs, *torch.autograd.grad(loss, [*wanted, *also])]
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -99,9 +102,22 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 @pytest.mark.parametrize(
-    ("length", "chunk"), [(1, 4), (15, 16), (16, 16), (17, 16), (63, 8), (67, 1), (139, 2)]
+    ("length", "chunk"),
+    [
+        (1, 4),
+        (15, 16),
+        (16, 16),
+        (17, 16),
+        (63, 8),
+        (64, None),
+        (65, None),
+        (67, 1),
+        (139, 2),
+        (256, 64),
+        (257, 64),
+    ],
 )
-def test_chunked_form_equals_the_recurrence(length: int, chunk: int, direction: str) -> None:
+def test_chunked_form_equals_the_recurrence(length: int, chunk: int | None, direction: str) -> None:
     inputs = make(length, seed=length)
     expected = run(inputs, direction, backend="reference")
     got = run(inputs, direction, backend="torch", chunk_size=chunk)
@@ -164,6 +180,143 @@ def test_extreme_steps_stay_finite_with_finite_gradients(step: float) -> None:
     assert relative(results[0], expected[0]) < 2e-5
 
 
+def test_small_steps_among_large_ones_keep_their_digits() -> None:
+    inputs, double = make(300, dtype=torch.float32), make(300)
+    random = torch.Generator().manual_seed(4)
+    dt = torch.exp(torch.rand(inputs.dt.shape, generator=random) * 17.7 - 13.8)  # 1e-6 to 50
+    for wide, narrow in zip(double.tensors(), inputs.tensors(), strict=True):
+        wide.data.copy_(narrow.data)
+    for values in (inputs, double):
+        values.dt.data.copy_(dt)
+        values.A.data.mul_(16)
+    got, expected = run(inputs, "both"), run(double, "both", backend="reference")
+    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < 2e-6
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_blocks_of_chunks_and_recomputing_change_nothing(
+    separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(150, separate=separate)
+    expected = run(inputs, "both", chunk_size=16)
+    monkeypatch.setitem(ssd_torch.BLOCK_ELEMENTS, "cpu", 2 * 2 * 16 * 4 * 3)
+    in_blocks = run(inputs, "both", chunk_size=16)
+    monkeypatch.setattr(ssd_torch, "RECOMPUTE_ABOVE", 0)
+    recomputed = run(inputs, "both", chunk_size=16)
+    assert max(relative(a, b) for a, b in zip(in_blocks, expected, strict=True)) < 1e-13
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, in_blocks, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("separate_dt", "separate_bias"), [(False, False), (False, True), (True, False)])
+def test_bias_softplus_and_gate_are_what_they_say(
+    backend: str, separate_dt: bool, separate_bias: bool
+) -> None:
+    inputs = make(45)
+    if separate_dt:
+        inputs.dt = make(45, separate=True).dt
+    random = torch.Generator().manual_seed(3)
+    z = torch.randn(inputs.x.shape, generator=random, dtype=torch.float64, requires_grad=True)
+    shape = (4, 2) if separate_bias else (4,)
+    bias = torch.randn(shape, generator=random, dtype=torch.float64, requires_grad=True)
+    got = run(inputs, "both", (z, bias), z=z, dt_bias=bias, dt_softplus=True, backend=backend, chunk_size=16)
+
+    wide = inputs.dt if separate_dt or not separate_bias else inputs.dt[..., None].expand(-1, -1, -1, 2)
+    steps = F.softplus(wide + (bias[:, None] if separate_dt else bias))
+    y, finals = ssd(
+        *(inputs.x, steps, inputs.A, inputs.B, inputs.C, inputs.D),
+        initial_state=inputs.states,
+        return_final_state=True,
+        direction="both",
+        backend="reference",
+    )
+    weights = torch.Generator().manual_seed(9)
+    outputs = [y * F.silu(z), *finals]
+    loss = sum((o * torch.randn(o.shape, generator=weights, dtype=torch.float64)).sum() for o in outputs)
+    expected = [*outputs, *torch.autograd.grad(loss, [*inputs.tensors(), z, bias])]
+    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+@pytest.mark.parametrize(
+    ("lengths", "chunk"), [((1,), 8), ((1, 15, 64, 1, 40), 16), ((7, 300, 2), 2), ((65, 63), None)]
+)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_packed_sequences_equal_each_by_itself(
+    lengths: tuple[int, ...], chunk: int | None, direction: Any, backend: str
+) -> None:
+    total, count = sum(lengths), len(lengths)
+    inputs = make(total)
+    random = torch.Generator().manual_seed(2)
+
+    def states() -> Tensor:
+        return torch.randn(count, 4, 3, 5, generator=random, dtype=torch.float64, requires_grad=True)
+
+    row = Inputs(
+        *(inputs.x[:1], inputs.dt[:1], inputs.A, inputs.B[:1], inputs.C[:1], inputs.D), (states(), states())
+    )
+    dtype = torch.int32 if count == 2 else torch.int64
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+    got = run(row, direction, cu_seqlens=bounds, chunk_size=chunk, backend=backend)
+
+    ys, finals = [], []
+    for number, (first, end) in enumerate(pairwise(bounds.tolist())):
+        initial = tuple(state[number : number + 1] for state in row.states)
+        y, final = ssd(
+            *(
+                row.x[:, first:end],
+                row.dt[:, first:end],
+                row.A,
+                row.B[:, first:end],
+                row.C[:, first:end],
+                row.D,
+            ),
+            initial_state=initial if direction == "both" else initial[0],
+            return_final_state=True,
+            direction=direction,
+            backend="reference",
+        )
+        ys.append(y)
+        finals.append(final if isinstance(final, tuple) else (final,))
+    outputs = [torch.cat(ys, 1), *(torch.cat(part) for part in zip(*finals, strict=True))]
+    weights = torch.Generator().manual_seed(9)
+    loss = sum((o * torch.randn(o.shape, generator=weights, dtype=torch.float64)).sum() for o in outputs)
+    wanted = row.tensors() if direction == "both" else row.tensors()[:-1]
+    expected = [*outputs, *torch.autograd.grad(loss, wanted)]
+    assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < 1e-12
+
+
+def test_packed_sequences_without_states_start_from_zero() -> None:
+    inputs = make(50)
+    arguments = (inputs.x[:1], inputs.dt[:1], inputs.A, inputs.B[:1], inputs.C[:1])
+    bounds = torch.tensor([0, 20, 50])
+    whole = ssd(*arguments, direction="both", cu_seqlens=bounds, chunk_size=8)
+    x, dt, A, B, C = arguments
+    pieces = [
+        ssd(x[:, span], dt[:, span], A, B[:, span], C[:, span], direction="both")
+        for span in (slice(0, 20), slice(20, 50))
+    ]
+    assert isinstance(whole, Tensor)
+    assert relative(whole, torch.cat([piece for piece in pieces if isinstance(piece, Tensor)], 1)) < 1e-12
+
+
+def test_gradient_of_the_reference_by_differences() -> None:
+    inputs = make(3)
+    tensors = [t[:1].detach() if t.dim() > 2 else t.detach() for t in inputs.tensors()]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        y, (forward, reverse) = ssd(
+            *values[:6],
+            initial_state=(values[6], values[7]),
+            return_final_state=True,
+            direction="both",
+            backend="reference",
+        )
+        return y, forward, reverse
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors], fast_mode=True)
+
+
 def test_views_that_are_not_contiguous_give_the_same() -> None:
     inputs = make(40)
     packed = torch.randn(2, 40, 4 * 3 + 7, dtype=torch.float64)
@@ -207,6 +360,11 @@ def test_autocast_leaves_float32_inputs_at_float32_accuracy() -> None:
         ({"D": torch.zeros(4, 4)}, "D has shape (4, 4)"),
         ({"initial_state": torch.zeros(2, 4, 3, 4)}, "initial_state has shape"),
         ({"initial_state": torch.zeros(2, 4, 3, 5), "direction": "both"}, "not a pair"),
+        ({"z": torch.zeros(2, 8, 4)}, "z has shape (2, 8, 4)"),
+        ({"dt_bias": torch.zeros(4, 2)}, "dt_bias has shape (4, 2)"),
+        ({"C": torch.zeros(2, 8, 2, 5, dtype=torch.complex64)}, "C has dtype torch.complex64"),
+        ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "int32 or int64 is needed"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "with a batch of 2"),
     ],
 )
 def test_what_does_not_fit_is_told(change: dict[str, Any], words: str) -> None:
@@ -220,3 +378,12 @@ def test_what_does_not_fit_is_told(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as caught:
         ssd(**{**arguments, **change})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", [[0, 7], [1, 8], [0, 5, 5, 8], [0, 6, 4, 8]])
+def test_boundaries_that_do_not_rise_to_the_length_are_told(bounds: list[int]) -> None:
+    x, dt, A, B = torch.zeros(1, 8, 4, 3), torch.zeros(1, 8, 4), torch.zeros(4), torch.zeros(1, 8, 2, 5)
+    with pytest.raises(ValueError, match="that rise from 0 to the length 8 are needed"):
+        ssd(x, dt, A, B, B, cu_seqlens=torch.tensor(bounds))
+    with pytest.raises(ValueError, match=r"allowed is \(2, 4, 3, 5\)"):
+        ssd(x, dt, A, B, B, cu_seqlens=torch.tensor([0, 3, 8]), initial_state=torch.zeros(1, 4, 3, 5))

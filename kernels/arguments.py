@@ -1,0 +1,104 @@
+"""What the scan operators accept alike: directions, states, shapes, step sizes and gates, checked and made ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Direction = Literal["forward", "reverse", "both"]
+Backend = Literal["auto", "torch", "reference"]
+States = Tensor | tuple[Tensor, Tensor]
+Pair = tuple[Tensor | None, Tensor | None]
+"""One tensor for each direction, (forward, reverse)."""
+
+SOFTPLUS_LINEAR_ABOVE = 40.0
+"""softplus(t) = t above this, exact in float64; torch's own 20 would leave 1e-10."""
+
+
+def check_choices(direction: str, backend: str) -> None:
+    """Raise a ValueError for a direction or backend that there is not."""
+    if direction not in ("forward", "reverse", "both"):
+        raise ValueError(f"direction is {direction!r}; allowed are 'forward', 'reverse' and 'both'")
+    if backend not in ("auto", "torch", "reference"):
+        raise ValueError(f"backend is {backend!r}; allowed are 'auto', 'torch' and 'reference'")
+
+
+def check_shape(name: str, tensor: Tensor, allowed: Sequence[tuple[int, ...]]) -> None:
+    """Raise a ValueError unless the tensor has one of the allowed shapes."""
+    if tuple(tensor.shape) not in allowed:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; allowed is {' or '.join(map(str, allowed))}"
+        )
+
+
+def check_real(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError unless the tensor is of a real floating-point dtype."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+
+
+def state_pair(states: States | None, direction: Direction, shape: tuple[int, ...]) -> Pair:
+    """The initial states as a pair (forward, reverse), None for zeros and for a direction that is not run."""
+    pair: Pair = (None, None)
+    if states is not None and direction == "both":
+        if not isinstance(states, tuple) or len(states) != 2:
+            raise ValueError("initial_state for direction='both' is not a pair; give (forward, reverse)")
+        pair = states
+    elif states is not None:
+        if not isinstance(states, Tensor):
+            raise ValueError(
+                f"initial_state for direction={direction!r} is a {type(states).__name__}; give one tensor"
+            )
+        pair = (states, None) if direction == "forward" else (None, states)
+    for state in pair:
+        if state is not None:
+            check_shape("initial_state", state, [shape])
+    return pair
+
+
+def final_states(finals: Pair, direction: Direction) -> States:
+    """What `return_final_state` gives: the one that was computed, or both."""
+    if direction == "both":
+        assert finals[0] is not None and finals[1] is not None
+        return finals[0], finals[1]
+    final = finals[0] if direction == "forward" else finals[1]
+    assert final is not None
+    return final
+
+
+def by_direction(tensor: Tensor, *, separate: bool) -> tuple[Tensor, Tensor]:
+    """The forward and the reverse part of a tensor whose last axis of 2 means direction, or twice the same."""
+    return (tensor[..., 0], tensor[..., 1]) if separate else (tensor, tensor)
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """What a scan of this dtype is computed in: float64 in itself, all else in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def step_sizes(dt: Tensor, dt_bias: Tensor | None, *, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """dt + dt_bias, through softplus where wanted.
+
+    Args:
+        dt: (batch, length, channels) or (batch, length, channels, 2).
+        dt_bias: (channels,) or (channels, 2); a bias for each direction makes dt one for each direction.
+        softplus: take log(1 + exp(.)) of the sum.
+        dtype: what to compute in.
+    """
+    if dt_bias is not None:
+        wide, bias = dt.to(dtype), dt_bias.to(dtype)
+        if bias.dim() == 2 and dt.dim() == 3:
+            wide = wide.unsqueeze(-1)
+        elif bias.dim() == 1 and dt.dim() == 4:
+            bias = bias.unsqueeze(-1)
+        dt = wide + bias
+    return F.softplus(dt.to(dtype), threshold=SOFTPLUS_LINEAR_ABOVE) if softplus else dt
+
+
+def gated(y: Tensor, z: Tensor | None) -> Tensor:
+    """y * silu(z) in y's dtype, or y alone."""
+    return y if z is None else y * F.silu(z.to(y.dtype))
