@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genossm import __version__
 from genossm.errors import GenossmError
 from genossm.kernels.selective_scan import selective_scan
 from genossm.kernels.ssd import ssd
 from genossm.pipelines.device import describe, pick_device
 from genossm.progress import say
+from genossm.version import versions
 
 CHECK_LENGTH = 257
 LARGEST_ERROR = 1e-4
@@ -117,7 +116,7 @@ def benchmark_kernels(
     sizes = sizes or Sizes()
     result = KernelBenchmark(
         describe(place),
-        {"genossm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions(),
         torch.get_num_threads(),
         sizes,
         length,

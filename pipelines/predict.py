@@ -71,7 +71,7 @@ def predict(
     peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins
     of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
     grid, so a value depends neither on the batch size (up to rounding, see `predict_windows`) nor on what
-    else is predicted; regions see their context in the reference. Everything is computed in float32.
+    else is predicted; regions see their context in the reference. The model computes in float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 

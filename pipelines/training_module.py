@@ -57,7 +57,6 @@ class TrainingModule(lightning.LightningModule):
         self.validation: dict[str, float] = {}
         self.thresholds: dict[str, float] = {}
         self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._gradient_norm: Tensor | None = None
         self._forward = torch.compile(model) if config.compile else model
 
     @property
@@ -87,15 +86,18 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._refuse_divergence()
-        self._gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient became {norm.item()} at step {self.global_step}; "
+                "lower train.learning_rate and start again, or resume from the last whole epoch"
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        self._refuse_divergence()
         self._outputs = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -160,15 +162,6 @@ class TrainingModule(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _refuse_divergence(self) -> None:
-        # looks at the step before, whose gradient is known by now: waiting for this one would hold up the GPU
-        norm = self._gradient_norm
-        if norm is not None and not torch.isfinite(norm):
-            raise TrainingError(
-                f"the gradient became {norm.item()} at step {self.global_step}; "
-                "lower train.learning_rate and start again, or resume from the last whole epoch"
-            )
 
     def _losses(self, raw: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return self.model.heads.losses(raw, targets, mask, total_weight=self.config.total_weight)

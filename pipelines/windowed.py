@@ -83,8 +83,9 @@ def predict_windows(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """For each window, in order, its target bins inside the chromosome: float32 (bins, tracks).
 
-    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. Everything is
-    computed in float32; batches of another size differ by rounding only, by less than 1e-5 of a probability.
+    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. The model
+    computes in float32 (PyTorch lets convolutions use TF32 on CUDA); batches of another size differ by rounding
+    only, on a CPU by less than 1e-5 of a probability.
 
     Raises:
         DataError: the model gives NaN or infinity.

@@ -77,7 +77,7 @@ def batch_size_option(*, default: int = 4) -> Decorator[Any]:
         default=default,
         show_default=True,
         metavar="N",
-        help="Windows computed at once; changes speed and memory, never the result.",
+        help="Windows computed at once; changes speed and memory, and results by rounding only.",
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.kernels.short_conv import short_conv
@@ -84,15 +83,16 @@ class Mamba2(nn.Module):
         )
         mixed = short_conv(mixed, self.conv_weight, self.conv_bias, activation="silu", padding="centered")
         x, B, C = torch.split(mixed, [self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
-        dt_BLH2 = F.softplus(dt.float().view(batch, length, self.heads, 2) + self.dt_bias)
         y = ssd(
             x.view(batch, length, self.heads, self.head_dim),
-            dt_BLH2,
+            dt.view(batch, length, self.heads, 2),
             -torch.exp(self.A_log.float()),
             B.view(batch, length, self.groups, self.state),
             C.view(batch, length, self.groups, self.state),
             self.D,
             direction="both",
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
         )
         assert isinstance(y, Tensor)
         mixed_BLD: Tensor = self.out_projection(self.norm(y.reshape(batch, length, self.inner), gate))
