@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Direction = Literal["forward", "reverse", "both"]
-Backend = Literal["auto", "torch", "reference"]
 States = Tensor | tuple[Tensor, Tensor]
 Pair = tuple[Tensor | None, Tensor | None]
 """One tensor for each direction, (forward, reverse)."""
@@ -19,12 +18,10 @@ SOFTPLUS_LINEAR_ABOVE = 40.0
 """softplus(t) = t above this, exact in float64; torch's own 20 would leave 1e-10."""
 
 
-def check_choices(direction: str, backend: str) -> None:
-    """Raise a ValueError for a direction or backend that there is not."""
+def check_direction(direction: str) -> None:
+    """Raise a ValueError for a direction that there is not."""
     if direction not in ("forward", "reverse", "both"):
         raise ValueError(f"direction is {direction!r}; allowed are 'forward', 'reverse' and 'both'")
-    if backend not in ("auto", "torch", "reference"):
-        raise ValueError(f"backend is {backend!r}; allowed are 'auto', 'torch' and 'reference'")
 
 
 def check_shape(name: str, tensor: Tensor, allowed: Sequence[tuple[int, ...]]) -> None:
@@ -39,6 +36,13 @@ def check_real(name: str, tensor: Tensor) -> None:
     """Raise a ValueError unless the tensor is of a real floating-point dtype."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError for a tensor that is not where x is: a kernel would read what is not there."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move {name} to {x.device}")
 
 
 def state_pair(states: States | None, direction: Direction, shape: tuple[int, ...]) -> Pair:
@@ -58,6 +62,15 @@ def state_pair(states: States | None, direction: Direction, shape: tuple[int, ..
         if state is not None:
             check_shape("initial_state", state, [shape])
     return pair
+
+
+def stacked_states(pair: Pair, direction: Direction) -> Tensor | None:
+    """The initial states that are run as one tensor (directions, ...), or None where none is given."""
+    wanted = pair if direction == "both" else pair[:1] if direction == "forward" else pair[1:]
+    given = [state for state in wanted if state is not None]
+    if not given:
+        return None
+    return torch.stack([torch.zeros_like(given[0]) if state is None else state for state in wanted])
 
 
 def final_states(finals: Pair, direction: Direction) -> States:

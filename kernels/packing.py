@@ -37,6 +37,24 @@ def sequence_bounds(cu_seqlens: Tensor, batch: int, length: int) -> list[tuple[i
     return list(pairwise(bounds))
 
 
+def chunk_spans(
+    bounds: list[tuple[int, int]], chunk_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """First and end position of every chunk, and each sequence's first chunk; no chunk spans two sequences.
+
+    Returns:
+        (chunks, 2) and (sequences + 1,), int64.
+    """
+    ends = torch.tensor([end for _, end in bounds])
+    starts = torch.tensor([start for start, _ in bounds])
+    counts = -((starts - ends) // chunk_size)
+    firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    sequence = torch.arange(len(bounds)).repeat_interleave(counts)
+    first = starts[sequence] + (torch.arange(len(sequence)) - firsts[sequence]) * chunk_size
+    spans = torch.stack([first, torch.minimum(first + chunk_size, ends[sequence])], 1)
+    return spans.to(device), firsts.to(device)
+
+
 @dataclass(frozen=True)
 class ChunkLayout:
     """Sequences moved apart so that each begins with a chunk of its own.

@@ -13,6 +13,7 @@ Letters: b batch, l length, d channels, n state, k lanes, q steps of a lane.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,74 @@ def selective_scan_lanes(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     y, final = _Scan.apply(*inputs, reverse, keep)  # type: ignore[no-untyped-call]
     return y, final
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Sequences of one row as batches of those of about the same length, so that less than half of a batch is padding.
+
+    Attributes:
+        order: (sequences,) int64, the sequences batch by batch.
+        positions: (length,) int64, the place in the row of every position, sequence by sequence in that order.
+        places: for each batch, (its positions,) int64, their places in the padded batch, its first two axes joined.
+        shapes: for each batch, how many sequences it has and the longest one's length.
+    """
+
+    order: Tensor
+    positions: Tensor
+    places: list[Tensor]
+    shapes: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, bounds: list[tuple[int, int]], device: torch.device) -> SideBySide:
+        """The batches of sequences with these first and end positions."""
+        doublings = [(end - first - 1).bit_length() for first, end in bounds]
+        order = torch.tensor(sorted(range(len(bounds)), key=doublings.__getitem__))
+        spans = torch.tensor(bounds)[order]
+        firsts, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+        counts = [count for count in torch.bincount(torch.tensor(doublings)).tolist() if count]
+        positions: list[Tensor] = []
+        places: list[Tensor] = []
+        shapes: list[tuple[int, int]] = []
+        for first, length in zip(
+            firsts.split_with_sizes(counts), lengths.split_with_sizes(counts), strict=True
+        ):
+            longest = int(length.max())
+            inside = torch.arange(longest) < length[:, None]
+            positions.append((first[:, None] + torch.arange(longest))[inside])
+            places.append(inside.flatten().nonzero()[:, 0].to(device))
+            shapes.append((len(first), longest))
+        return cls(order.to(device), torch.cat(positions).to(device), places, shapes)
+
+    def batches(self, row: Tensor) -> list[Tensor]:
+        """(1, length, c) as one (sequences, longest, c) for each batch; zeros after the end, where dt = 0 keeps the state."""
+        parts = (
+            row[0].index_select(0, self.positions).split_with_sizes([len(places) for places in self.places])
+        )
+        return [
+            row.new_zeros(count * longest, row.shape[2])
+            .index_copy(0, places, part)
+            .view(count, longest, row.shape[2])
+            for part, places, (count, longest) in zip(parts, self.places, self.shapes, strict=True)
+        ]
+
+    def row(self, batches: list[Tensor]) -> Tensor:
+        """The inverse of `batches`."""
+        parts = [
+            batch.flatten(0, 1).index_select(0, places)
+            for batch, places in zip(batches, self.places, strict=True)
+        ]
+        ordered = torch.cat(parts)
+        return torch.empty_like(ordered).index_copy(0, self.positions, ordered)[None]
+
+    def states(self, states: Tensor) -> Sequence[Tensor]:
+        """(sequences, ...) as the states of each batch."""
+        return states.index_select(0, self.order).split_with_sizes([count for count, _ in self.shapes])
+
+    def in_order(self, states: list[Tensor]) -> Tensor:
+        """The inverse of `states`."""
+        ordered = torch.cat(states)
+        return torch.empty_like(ordered).index_copy(0, self.order, ordered)
 
 
 class _Scan(torch.autograd.Function):

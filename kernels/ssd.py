@@ -6,22 +6,25 @@ import torch
 from torch import Tensor
 
 from genossm.kernels.arguments import (
-    Backend,
     Direction,
     Pair,
     States,
     accumulation,
     by_direction,
-    check_choices,
+    check_devices,
+    check_direction,
     check_real,
     check_shape,
     final_states,
     gated,
+    stacked_states,
     state_pair,
     step_sizes,
 )
+from genossm.kernels.backend import TRITON_DTYPES, Backend, choose_backend, interpreting, shared_memory
 from genossm.kernels.packing import ChunkLayout, sequence_bounds
 from genossm.kernels.reference import ssd_reference
+from genossm.kernels.ssd_tiles import CHUNKS, HEAD_DIM, STATE, STATE_ELEMENTS, padded, tiles_for
 from genossm.kernels.ssd_torch import ssd_chunked
 
 DEFAULT_CHUNK = {"cpu": 64, "cuda": 128}
@@ -62,8 +65,9 @@ def ssd(
         return_final_state: also return the state after the last step (a pair for `both`), float32 (float64 for
             float64 inputs).
         direction: `forward`, `reverse` or `both`.
-        chunk_size: positions of a chunk of the torch backend; None takes 64 on a CPU and 128 elsewhere.
-        backend: `torch` (chunked matmul form), `reference` (step by step, slow), or `auto` (torch).
+        chunk_size: positions of a chunk; None takes what is fast on the device. `triton` takes 64, 128 or 256.
+        backend: `triton` (CUDA; float32, bfloat16 or float16; head_dim up to 128, state up to 256), `torch` (chunked
+            matmul form, any device), `reference` (step by step, slow), or `auto`: triton for what it takes, else torch.
         z: shaped like x, the gate, or None.
         dt_bias: (heads,) or None; for `both` also (heads, 2).
         dt_softplus: whether dt + dt_bias goes through softplus.
@@ -77,10 +81,23 @@ def ssd(
     Raises:
         ValueError: a shape, dtype, direction, backend or boundary that does not fit.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, direction, chunk_size, backend)
+    _check(x, dt, A, B, C, D, z, dt_bias, direction, chunk_size)
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, x.shape[0], x.shape[1])
     sequences = x.shape[0] if bounds is None else len(bounds)
     starts = state_pair(initial_state, direction, (sequences, x.shape[2], x.shape[3], B.shape[3]))
+    check_devices(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    for start in starts:
+        check_devices(x, initial_state=start)
+    chosen = choose_backend(backend, x, _unfit_for_triton(x, B, chunk_size))
+    if chosen == "triton":
+        from genossm.kernels.ssd_triton import ssd_scan
+
+        initial = stacked_states(starts, direction)
+        with torch.autocast(x.device.type, enabled=False):
+            y, final = ssd_scan(
+                x, dt, A, B, C, D, z, dt_bias, initial, bounds, direction, dt_softplus, chunk_size
+            )
+        return (y, (final[0], final[1]) if direction == "both" else final[0]) if return_final_state else y
 
     with torch.autocast(x.device.type, enabled=False):
         dt = step_sizes(dt, dt_bias, softplus=dt_softplus, dtype=accumulation(x.dtype))
@@ -91,7 +108,7 @@ def ssd(
             None if direction == "forward" else dts[1],
         )
         As = by_direction(A, separate=A.dim() == 2)
-        if backend == "reference":
+        if chosen == "reference":
             y, finals = _by_steps(x, dt_pair, As, B, C, D, starts, bounds)
         else:
             size = chunk_size or min(DEFAULT_CHUNK.get(x.device.type, 128), x.shape[1])
@@ -166,6 +183,26 @@ def _by_steps(
     return total, (finals[0], finals[1])
 
 
+def _unfit_for_triton(x: Tensor, B: Tensor, chunk_size: int | None) -> str | None:
+    """Why the Triton kernels cannot compute this call, or None."""
+    head_dim, state = x.shape[-1], B.shape[-1]
+    if head_dim > HEAD_DIM or state > STATE or padded(head_dim) * padded(state) > STATE_ELEMENTS:
+        return (
+            f"x has head_dim {head_dim} and B state {state}; backend='triton' takes head_dim up to {HEAD_DIM}, state "
+            f"up to {STATE} and a product up to {STATE_ELEMENTS}, backend='torch' any"
+        )
+    if chunk_size is not None and chunk_size not in CHUNKS:
+        return f"chunk_size is {chunk_size}; backend='triton' takes one of {', '.join(map(str, CHUNKS))}, or None"
+    if x.dtype in TRITON_DTYPES and (x.is_cuda or interpreting()):
+        budget = shared_memory(x.device)
+        if tiles_for(x.dtype, head_dim, state, budget, chunk_size) is None:
+            return (
+                f"head_dim {head_dim}, state {state} and chunk_size {chunk_size} in {x.dtype} need more than the "
+                f"{budget // 1024} KiB of shared memory of {x.device}; take a smaller chunk_size, or backend='torch'"
+            )
+    return None
+
+
 def _check(
     x: Tensor,
     dt: Tensor,
@@ -177,9 +214,8 @@ def _check(
     dt_bias: Tensor | None,
     direction: str,
     chunk_size: int | None,
-    backend: str,
 ) -> None:
-    check_choices(direction, backend)
+    check_direction(direction)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; give a whole number of at least 1, or None")
     if x.dim() != 4 or x.shape[1] < 1:

@@ -1,15 +1,10 @@
-"""Measure the scan kernels: first that they are right, then how fast, in how much memory, and how both grow."""
+"""Measure the PyTorch backend of the scans against the step-by-step loop: right first, then time, memory and growth."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +13,10 @@ from torch import Tensor
 from genossm.errors import GenossmError
 from genossm.kernels.selective_scan import selective_scan
 from genossm.kernels.ssd import ssd
+from genossm.pipelines.benchmark_cases import Shapes
+from genossm.pipelines.benchmark_gpu import QUICK, GpuBenchmark, Plan, benchmark_on_gpu
+from genossm.pipelines.benchmark_tables import markdown, text
+from genossm.pipelines.benchmark_timing import median_ms, peak_mib
 from genossm.pipelines.device import describe, pick_device
 from genossm.progress import say
 from genossm.version import versions
@@ -147,6 +146,40 @@ def benchmark_kernels(
     return result
 
 
+def measure_kernels(
+    *,
+    device: str = "auto",
+    cases: Sequence[str] = (),
+    quick: bool = False,
+    peers: bool = True,
+    length: int | None = None,
+    heads: int | None = None,
+) -> tuple[KernelBenchmark | GpuBenchmark, str, str, list[str]]:
+    """What `genossm bench kernels` does: `benchmark_on_gpu` on a CUDA device, else `benchmark_kernels`.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        cases, quick, peers: see `benchmark_on_gpu` and its `QUICK` plan; for a CUDA device.
+        length: positions of the main table; None takes the default of either benchmark. With one, a CUDA device's
+            growth with the length is left out.
+        heads: heads of ssd; None likewise.
+
+    Returns:
+        The figures, a text of tables, the same in Markdown (empty for a CPU), and what failed to be measured.
+    """
+    if pick_device(device).type == "cpu":
+        result = benchmark_kernels(
+            device=device, length=length or 8192, sizes=None if heads is None else Sizes(heads=heads)
+        )
+        return result, report(result), "", []
+    plan = QUICK if quick else Plan()
+    if length is not None:
+        plan = replace(plan, lengths=(length,), growth=())
+    shapes = Shapes() if heads is None else Shapes(heads=heads)
+    found = benchmark_on_gpu(device=device, cases=cases, plan=plan, shapes=shapes, peers=peers)
+    return found, text(found), markdown(found), found.failures()
+
+
 def report(result: KernelBenchmark) -> str:
     """The result as a text of aligned tables."""
     sizes = result.sizes
@@ -261,58 +294,14 @@ def _measure(
         torch.autograd.grad(run(*leaves), leaves, gradient)
 
     # The memory runs are the warm-up of the timed ones.
-    forward_mib, backward_mib = _peak_mib(forward, device), _peak_mib(forward_backward, device)
+    forward_mib, backward_mib = peak_mib(forward, device), peak_mib(forward_backward, device)
     return Timing(
         case,
         backend,
         inputs[0].shape[1],
-        _median_ms(forward, device, repeats),
-        _median_ms(forward_backward, device, backward_repeats),
+        median_ms(forward, device, repeats),
+        median_ms(forward_backward, device, backward_repeats),
         forward_mib,
         backward_mib,
         repeats,
     )
-
-
-def _median_ms(step: Callable[[], None], device: torch.device, repeats: int) -> float:
-    times: list[float] = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times)
-
-
-def _peak_mib(step: Callable[[], None], device: torch.device) -> float | None:
-    """The most memory that `step` took beyond what was held before; None where the system cannot tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        # What was freed goes back to the system first (glibc), lest it be used again without being seen.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak back to the present
-        before_kib = _status_kib("VmRSS")
-    except (OSError, AttributeError, KeyError, ValueError):
-        step()
-        return None
-    step()
-    return max(0, _status_kib("VmHWM") - before_kib) / 1024
-
-
-def _status_kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[name].split()[0])

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+# Where there is no CUDA device, Triton kernels run in its interpreter; it has to know before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,9 +27,7 @@ if importlib.util.find_spec("hypothesis") is not None:
 
 
 def cuda_is_there() -> bool:
-    """Whether torch sees a CUDA device. Imports torch only when asked."""
-    import torch
-
+    """Whether torch sees a CUDA device."""
     return torch.cuda.is_available()
 
 

@@ -1,4 +1,4 @@
-"""The kernel benchmark at tiny sizes: what it checks, what it prints, and that a wrong kernel is not timed."""
+"""The benchmark of the PyTorch backend at tiny sizes: what it checks and prints, and that a wrong kernel is not timed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from genossm.cli import main
 from genossm.errors import GenossmError
 from genossm.pipelines import benchmark
 from genossm.pipelines.benchmark import Sizes, benchmark_kernels, report
+from genossm.pipelines.benchmark_timing import peak_mib
 
 TINY = Sizes(heads=2, head_dim=4, ssd_state=4, channels=6, state=3)
 
@@ -60,7 +61,7 @@ def test_peak_memory_sees_what_is_allocated_and_freed() -> None:
     def step() -> None:
         torch.ones(2**25).sum()  # 128 MiB
 
-    peak = benchmark._peak_mib(step, torch.device("cpu"))
+    peak = peak_mib(step, torch.device("cpu"))
     if peak is None:
         pytest.skip("this system does not tell the peak memory of a process")
     assert 120 < peak < 160
@@ -82,3 +83,4 @@ def test_the_command_prints_and_writes(
     saved = json.loads(target.read_text())["kernels"]
     assert saved["length"] == 48 and len(saved["timings"]) == 6
     assert main(["bench", "models"]) == 2
+    assert main(["bench", "kernels", "--device", "cpu", "--quick"]) == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from genossm.kernels import selective_scan_torch
 from genossm.kernels.selective_scan import selective_scan
+from genossm.kernels.selective_scan_torch import SideBySide
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -90,6 +92,12 @@ def run(inputs: Inputs, direction: str, **options: Any) -> list[Tensor]:
         **{"dt_softplus": True, **options},
     )
     outputs = [y, *(finals if both else (finals,))]
+    wanted = inputs.tensors() if both else inputs.tensors()[:-1]
+    return [*outputs, *torch.autograd.grad(weighted(outputs), wanted)]
+
+
+def weighted(outputs: list[Tensor]) -> Tensor:
+    """The sum of the outputs, each element with a random weight."""
     random = torch.Generator().manual_seed(9)
     terms = []
     for output in outputs:
@@ -98,8 +106,7 @@ def run(inputs: Inputs, direction: str, **options: Any) -> list[Tensor]:
         terms.append(
             (output.to(wide) * weights).sum().real if output.is_complex() else (output * weights).sum()
         )
-    wanted = inputs.tensors() if both else inputs.tensors()[:-1]
-    return [*outputs, *torch.autograd.grad(torch.stack(terms).sum(), wanted)]
+    return torch.stack(terms).sum()
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -264,6 +271,84 @@ def test_gradients_are_bitwise_repeatable_and_need_no_output_but_y() -> None:
     assert x.grad is not None and torch.isfinite(x.grad).all()
 
 
+def packed(
+    lengths: tuple[int, ...], *, complex_A: bool = False, separate: bool = False
+) -> tuple[Inputs, Tensor]:
+    """A row of sequences with a state for each, and its boundaries."""
+    row = make(sum(lengths), complex_A=complex_A, separate=separate, seed=1)
+    random = torch.Generator().manual_seed(2)
+    for name in ("x", "dt", "B", "C", "z"):
+        setattr(row, name, getattr(row, name).detach()[:1].requires_grad_())
+    for name in ("start", "reverse_start"):
+        state = torch.randn(len(lengths), 6, 5, generator=random, dtype=row.A.dtype)
+        setattr(row, name, state.requires_grad_())
+    return row, torch.tensor([0, *lengths]).cumsum(0)
+
+
+def one_by_one(row: Inputs, direction: str, bounds: Tensor) -> list[Tensor]:
+    """What `run` gives for the whole row, from a call for each sequence; gradients by the row's own inputs."""
+    both = direction == "both"
+    ys, finals = [], []
+    for number, (first, end) in enumerate(pairwise(bounds.tolist())):
+        here, states = (
+            slice(first, end),
+            (row.start[number : number + 1], row.reverse_start[number : number + 1]),
+        )
+        y, final = selective_scan(
+            *(row.x[:, here], row.dt[:, here], row.A, row.B[:, here], row.C[:, here], row.D, row.z[:, here]),
+            dt_bias=row.dt_bias,
+            dt_softplus=True,
+            initial_state=states if both else states[0],
+            return_final_state=True,
+            direction=direction,  # type: ignore[arg-type]
+            backend="reference",
+        )
+        ys.append(y)
+        finals.append(final if isinstance(final, tuple) else (final,))
+    outputs = [torch.cat(ys, 1), *(torch.cat(part) for part in zip(*finals, strict=True))]
+    return [*outputs, *torch.autograd.grad(weighted(outputs), row.tensors() if both else row.tensors()[:-1])]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+@pytest.mark.parametrize("lengths", [(1,), (1, 15, 64, 1, 40, 63), (7, 300, 2), (65, 63), (130, 129)])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_packed_sequences_equal_each_by_itself(
+    lengths: tuple[int, ...], direction: str, backend: str
+) -> None:
+    row, bounds = packed(lengths)
+    got = run(row, direction, cu_seqlens=bounds.to(torch.int32), backend=backend)
+    assert worst(got, one_by_one(row, direction, bounds)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_packed_sequences_with_a_complex_A_and_directions_of_their_own(backend: str) -> None:
+    row, bounds = packed((9, 33, 1, 12), complex_A=True, separate=True)
+    got = run(row, "both", cu_seqlens=bounds, backend=backend)
+    assert worst(got, one_by_one(row, "both", bounds)) < TOLERANCE[torch.float64]
+
+
+def test_packed_sequences_without_states_start_from_zero() -> None:
+    inputs = make(50)
+    x, dt, A, B, C = inputs.x[:1], F.softplus(inputs.dt[:1]), inputs.A, inputs.B[:1], inputs.C[:1]
+    whole = scan(x, dt, A, B, C, direction="both", cu_seqlens=torch.tensor([0, 20, 50]))
+    pieces = [
+        scan(x[:, span], dt[:, span], A, B[:, span], C[:, span], direction="both")
+        for span in (slice(0, 20), slice(20, 50))
+    ]
+    assert relative(whole, torch.cat(pieces, 1)) < 1e-12
+
+
+def test_batches_of_packed_sequences_are_mostly_not_padding() -> None:
+    random = torch.Generator().manual_seed(3)
+    lengths = [*(torch.rand(500, generator=random) * 11).exp().long().tolist(), 1, 1, 2, 4, 8, 2**17]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    sides = SideBySide.of(list(zip([0, *ends[:-1]], ends, strict=True)), torch.device("cpu"))
+    assert sum(count * longest for count, longest in sides.shapes) < 2 * ends[-1]
+    assert sum(count for count, _ in sides.shapes) == len(lengths)
+    row = torch.arange(1.0, ends[-1] + 1, dtype=torch.float64)[None, :, None]
+    assert torch.equal(sides.row(sides.batches(row)), row)
+
+
 def test_autocast_leaves_float32_inputs_at_float32_accuracy() -> None:
     inputs = make(64, dtype=torch.float32)
     tensors = inputs.tensors()[:7]
@@ -300,7 +385,7 @@ def test_gradient_of_the_reference_and_of_the_lanes_by_differences() -> None:
     ("change", "words"),
     [
         ({"direction": "sideways"}, "direction is 'sideways'"),
-        ({"backend": "triton"}, "allowed are 'auto', 'torch' and 'reference'"),
+        ({"backend": "cuda"}, "allowed are 'auto', 'triton', 'torch' and 'reference'"),
         ({"x": torch.zeros(2, 0, 4)}, "length >= 1"),
         ({"x": torch.zeros(2, 8, 4, dtype=torch.int32)}, "x has dtype torch.int32"),
         ({"dt": torch.zeros(2, 8, 4, dtype=torch.complex64)}, "dt has dtype torch.complex64"),
@@ -317,6 +402,8 @@ def test_gradient_of_the_reference_and_of_the_lanes_by_differences() -> None:
         ({"initial_state": torch.zeros(2, 4, 6)}, "initial_state has shape"),
         ({"initial_state": torch.zeros(2, 4, 5, dtype=torch.complex64)}, "initial_state is complex"),
         ({"initial_state": torch.zeros(2, 4, 5), "direction": "both"}, "not a pair"),
+        ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "int32 or int64 is needed"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "with a batch of 2"),
     ],
 )
 def test_what_does_not_fit_is_told(change: dict[str, Any], words: str) -> None:
@@ -330,3 +417,12 @@ def test_what_does_not_fit_is_told(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as caught:
         selective_scan(**{**arguments, **change})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", [[0, 8, 8], [0, 7], [1, 8], [0, 5, 3, 8]])
+def test_boundaries_that_do_not_fit_are_told(bounds: list[int]) -> None:
+    x, A, B = torch.zeros(1, 8, 4), torch.zeros(4, 5), torch.zeros(1, 8, 5)
+    with pytest.raises(ValueError, match="boundaries that rise from 0 to the length 8"):
+        selective_scan(x, x, A, B, B, cu_seqlens=torch.tensor(bounds))
+    with pytest.raises(ValueError, match="initial_state has shape"):
+        selective_scan(x, x, A, B, B, cu_seqlens=torch.tensor([0, 3, 8]), initial_state=torch.zeros(1, 4, 5))

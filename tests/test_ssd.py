@@ -349,7 +349,7 @@ def test_autocast_leaves_float32_inputs_at_float32_accuracy() -> None:
     ("change", "words"),
     [
         ({"direction": "sideways"}, "direction is 'sideways'"),
-        ({"backend": "triton"}, "allowed are 'auto', 'torch' and 'reference'"),
+        ({"backend": "cuda"}, "allowed are 'auto', 'triton', 'torch' and 'reference'"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"x": torch.zeros(2, 0, 4, 3)}, "length >= 1"),
         ({"x": torch.zeros(2, 8, 4, 3, dtype=torch.int32)}, "floating-point"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from genossm.kernels.gated_norm import gated_rms_norm
 
 
 class GatedRMSNorm(nn.Module):
@@ -19,7 +20,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return F.rms_norm(x * F.silu(gate), self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
+        return gated_rms_norm(x, self.weight, gate)
 
 
 class ChannelNorm(nn.Module):

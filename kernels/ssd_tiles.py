@@ -1,0 +1,82 @@
+"""How the SSD kernels are built for a dtype, sizes and a device's shared memory. Measured on an H200: docs/notes.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIM, STATE, STATE_ELEMENTS = 128, 256, 16384
+"""The largest head_dim and state that the kernels take, and the largest product of the two."""
+CHUNKS = (64, 128, 256)
+RESERVED = 24 * 1024
+"""Bytes of shared memory for exchanges between threads, beyond the tiles."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is built: positions of a tile, warps, loads in flight, registers a thread (None: as many as it takes)."""
+
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Positions of a chunk, and how each kernel is built; `output` works on half a chunk."""
+
+    chunk: int
+    states: Launch
+    output: Launch
+    near: Launch
+    far: Launch
+    keys: Launch
+
+
+def padded(size: int) -> int:
+    """The tile extent that holds head_dim or state: a power of two of at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tiles_for(dtype: torch.dtype, head_dim: int, state: int, budget: int, chunk: int | None) -> Tiles | None:
+    """How the kernels are built within `budget` bytes of shared memory a program, or None where they do not fit.
+
+    Args:
+        chunk: positions of a chunk (one of CHUNKS), or None for the largest that fits and pays.
+    """
+    size = 4 if dtype == torch.float32 else 2
+    P, N = padded(head_dim), padded(state)
+
+    def output(positions: int, stages: int) -> int:
+        return stages * (positions * P + 2 * P * N) * size + positions // 2 * N * size + RESERVED
+
+    def keys(rows: int, stages: int) -> int:
+        return max(stages * (rows * rows + rows * N), stages * (rows * P + P * N)) * size + RESERVED
+
+    for positions in (chunk,) if chunk else ((256, 128, 64) if size == 2 else (128, 64)):
+        for stages in (2, 1) if size == 2 else (1,):
+            if output(positions, stages) > budget:
+                continue
+            half = positions // 2
+            warps = 8 if half >= 64 and (half > 64 or size == 4) else 4
+            small = min(32, half)
+            wide = P * N > 8192  # twice the registers for states
+            rows = min(64 if size == 2 else 32, half)
+            if size == 2 and half >= 128 and not wide and keys(128, 2) <= budget:
+                rows = 128
+            loaded = 128 if size == 2 and not wide and 256 * (P + N) * size + RESERVED <= budget else 32
+            narrow = Launch(small, 4, 2) if size == 2 else Launch(small, 8, 1)
+            return Tiles(
+                positions,
+                Launch(min(loaded, positions), 8 if wide else 4, 2),
+                Launch(half, warps, stages),
+                narrow,
+                narrow,
+                Launch(rows, 8, 2 if size == 2 and keys(rows, 2) <= budget else 1),
+            )
+    return None

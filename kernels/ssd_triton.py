@@ -1,0 +1,202 @@
+"""The SSD scan in Triton and its place in PyTorch: operators that torch.compile, autocast and checkpoints see, and the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from genossm.kernels.backend import shared_memory
+from genossm.kernels.packing import chunk_spans
+from genossm.kernels.ssd_launch import SsdLaunches
+from genossm.kernels.ssd_tiles import CHUNKS, tiles_for
+from genossm.kernels.triton_support import on_device
+
+DIRECTIONS = ("forward", "reverse", "both")
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    bounds: list[tuple[int, int]] | None,
+    direction: str,
+    softplus: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """y, and the final states (directions, sequences, heads, head_dim, state) in float32.
+
+    Args:
+        initial: like the final states, or None.
+        bounds: first and end position of each sequence of a packed row.
+    """
+    tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk_size)
+    assert tiles is not None
+    chunk = chunk_size or min(tiles.chunk, max(CHUNKS[0], triton.next_power_of_2(x.shape[1])))
+    spans = firsts = None
+    if bounds is not None:
+        spans, firsts = chunk_spans(bounds, chunk, x.device)
+    inputs = (
+        x, dt, A, B.to(x.dtype), C.to(x.dtype), D, z, dt_bias, initial, spans, firsts,
+        DIRECTIONS.index(direction), softplus, chunk,
+    )  # fmt: skip
+    y, final = _Scan.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y, final
+
+
+def _aligned(tensor: Tensor, chunk: int) -> Tensor:
+    """With a last stride of 1, and rows near enough for 32-bit offsets within a chunk."""
+    if tensor.stride(-1) == 1 and tensor.stride(1) * chunk < 2**31:
+        return tensor
+    return tensor.contiguous()
+
+
+def _prepared(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, spans: Tensor | None,
+    firsts: Tensor | None, direction: int, softplus: bool, chunk: int,
+) -> SsdLaunches:  # fmt: skip
+    x, B, C = (_aligned(tensor, chunk) for tensor in (x, B, C))
+    forward, reverse = int(direction != 1), int(direction != 0)
+    tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk)
+    assert tiles is not None
+    scan = SsdLaunches(x, dt, A, B, C, dt_bias, spans, firsts, forward, reverse, softplus, tiles)
+    scan.sizes()
+    return scan
+
+
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial: Tensor | None, spans: Tensor | None, firsts: Tensor | None,
+    direction: int, softplus: bool, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with on_device(x):
+        scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
+        carry, final = scan.carried(scan.x, scan.B, _contiguous(initial), adjoint=False)
+        gate = None if z is None else _aligned(z, chunk)
+        return scan.output(scan.x, scan.B, scan.C, _contiguous(D), gate, carry, adjoint=False), final
+
+
+def _backward(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, initial: Tensor | None, spans: Tensor | None, firsts: Tensor | None,
+    direction: int, softplus: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial; an empty tensor for what there is not."""
+    with on_device(x):
+        scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
+        start, skip = _contiguous(initial), _contiguous(D)
+        carry, _ = scan.carried(scan.x, scan.B, start, adjoint=False)
+        dy = torch.zeros_like(x) if dy is None else dy
+        dz = scan.empty(0)
+        if z is not None:
+            y = scan.output(scan.x, scan.B, scan.C, skip, None, carry, adjoint=False)
+            gate, wide = torch.sigmoid(z.float()), dy.float()
+            dz = (wide * y.float() * gate * (1 + z.float() * (1 - gate))).to(z.dtype)
+            dy = (wide * z.float() * gate).to(x.dtype)
+        dy = _aligned(dy.to(x.dtype), chunk)
+        adjoint, dinitial = scan.carried(dy, scan.C, _contiguous(dfinal), adjoint=True)
+        by_head = D is not None and D.dim() == 1
+        ddt, dA, dB, dC, dbias, dD = scan.gradients(dy, carry, adjoint, skip=by_head)
+        if D is not None and D.dim() == 2:
+            dD = scan.skip_gradient(dy)
+        del carry
+        dx = scan.output(dy, scan.C, scan.B, skip, None, adjoint, adjoint=True)
+        # An operator may not give the same tensor twice, not even an empty one.
+        return (
+            dx, ddt, dA, dB, dC, scan.empty(0) if D is None or dD is None else dD.to(D.dtype), dz,
+            scan.empty(0) if dbias is None else dbias,
+            scan.empty(0) if initial is None else dinitial.to(initial.dtype),
+        )  # fmt: skip
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial, "
+    "Tensor? spans, Tensor? firsts, int direction, bool softplus, int chunk"
+)
+_library = torch.library.Library("genossm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(f"ssd_scan({_INPUTS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    f"ssd_scan_backward(Tensor? dy, Tensor? dfinal, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_shapes(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial: Tensor | None, spans: Tensor | None, firsts: Tensor | None,
+    direction: int, softplus: bool, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sequences = x.shape[0] if firsts is None else firsts.shape[0] - 1
+    shape = (2 if direction == 2 else 1, sequences, x.shape[2], x.shape[3], B.shape[3])
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+def _backward_shapes(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, initial: Tensor | None, spans: Tensor | None, firsts: Tensor | None,
+    direction: int, softplus: bool, chunk: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        x.new_empty(0, dtype=torch.float32) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (x, dt, A, B, C, D, z, dt_bias, initial)
+    )
+
+
+for _key in ("CUDA", "CPU"):
+    torch.library.impl(_library, "ssd_scan", _key)(_forward)
+    torch.library.impl(_library, "ssd_scan_backward", _key)(_backward)
+torch.library.register_fake("genossm::ssd_scan", _forward_shapes, lib=_library)
+torch.library.register_fake("genossm::ssd_scan_backward", _backward_shapes, lib=_library)
+
+
+class _Scan(torch.autograd.Function):
+    """Keeps the inputs, and nothing else, for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:11])
+        ctx.options = inputs[11:]
+        y, final = torch.ops.genossm.ssd_scan(*inputs)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        found = torch.ops.genossm.ssd_scan_backward(*gradients, *inputs, *ctx.options)
+        present = [
+            None if tensor is None else gradient for gradient, tensor in zip(found, inputs[:9], strict=True)
+        ]
+        return (*present, None, None, None, None, None)
+
+
+@register_flop_formula(torch.ops.genossm.ssd_scan)
+def _forward_flops(
+    x_shape: Any, dt_shape: Any, A_shape: Any, B_shape: Any, *rest: Any, **options: Any
+) -> int:
+    """Of the matrix products, one direction counted once: C B^T for each group, states in and out and pairs for each head."""
+    batch, length, heads, head_dim = x_shape
+    groups, state = B_shape[2:]
+    direction, chunk = rest[-3], rest[-1]
+    seen = chunk if direction == 2 else (chunk + 1) / 2
+    states = (2 if direction == 2 else 1) * 2 * heads * head_dim * state
+    return int(2 * batch * length * (seen * (groups * state + heads * head_dim) + states))
+
+
+@register_flop_formula(torch.ops.genossm.ssd_scan_backward)
+def _backward_flops(dy_shape: Any, dfinal_shape: Any, *inputs: Any, **options: Any) -> int:
+    """The states again; the scan of dy; and the pairs and the states' part of dB and dC."""
+    return int(2.5 * _forward_flops(*inputs))

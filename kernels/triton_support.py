@@ -1,0 +1,60 @@
+"""What the Triton modules share: the sigmoid, and the device that a launch goes to."""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# Functions of Triton's own language have no types.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genossm.kernels.backend import interpreting
+
+PTX = torch.version.hip is None and not interpreting()
+"""Whether kernels may hold inline PTX."""
+
+
+@triton.jit
+def sigmoid(u, PTX: tl.constexpr):
+    """1 / (1 + exp(-u)) in float32, to two units in the last place; 0 (or 1e-38) and 1 far out."""
+    if PTX:
+        # Triton's own division and exp2 guard against denormals, at twice the instructions
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [u],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return 1.0 / (1.0 + tl.exp2(tl.minimum(u * -1.4426950408889634, 126.0)))
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which Triton launches on the tensor's device; costs nothing where it is the current one."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device (an H100's in Triton's interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def rows_of_channels(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its last axis is not contiguous (that of size 1 always is)."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
