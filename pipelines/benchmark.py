@@ -154,7 +154,8 @@ def measure_kernels(
     peers: bool = True,
     length: int | None = None,
     heads: int | None = None,
-) -> tuple[KernelBenchmark | GpuBenchmark, str, str, list[str]]:
+    save: Callable[[KernelBenchmark | GpuBenchmark, str], None] | None = None,
+) -> tuple[KernelBenchmark | GpuBenchmark, str, list[str]]:
     """What `genossm bench kernels` does: `benchmark_on_gpu` on a CUDA device, else `benchmark_kernels`.
 
     Args:
@@ -163,21 +164,31 @@ def measure_kernels(
         length: positions of the main table; None takes the default of either benchmark. With one, a CUDA device's
             growth with the length is left out.
         heads: heads of ssd; None likewise.
+        save: called with the figures and their tables in Markdown (empty for a CPU), on a GPU after each part.
 
     Returns:
-        The figures, a text of tables, the same in Markdown (empty for a CPU), and what failed to be measured.
+        The figures, a text of tables, and what failed to be measured.
     """
     if pick_device(device).type == "cpu":
         result = benchmark_kernels(
             device=device, length=length or 8192, sizes=None if heads is None else Sizes(heads=heads)
         )
-        return result, report(result), "", []
+        if save is not None:
+            save(result, "")
+        return result, report(result), []
     plan = QUICK if quick else Plan()
     if length is not None:
         plan = replace(plan, lengths=(length,), growth=())
     shapes = Shapes() if heads is None else Shapes(heads=heads)
-    found = benchmark_on_gpu(device=device, cases=cases, plan=plan, shapes=shapes, peers=peers)
-    return found, text(found), markdown(found), found.failures()
+    found = benchmark_on_gpu(
+        device=device,
+        cases=cases,
+        plan=plan,
+        shapes=shapes,
+        peers=peers,
+        save=None if save is None else lambda partial: save(partial, markdown(partial)),
+    )
+    return found, text(found), found.failures()
 
 
 def report(result: KernelBenchmark) -> str:

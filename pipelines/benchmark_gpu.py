@@ -141,6 +141,7 @@ def benchmark_on_gpu(
     shapes: Shapes | None = None,
     peers: bool = True,
     backend: Backend = "triton",
+    save: Callable[[GpuBenchmark], None] | None = None,
 ) -> GpuBenchmark:
     """Check every case against float64, then time it, its growth and the peers that are there.
 
@@ -151,6 +152,7 @@ def benchmark_on_gpu(
         shapes: None takes the shapes of the published comparison.
         peers: whether to time the peers found in $PEER_PATH or installed, and to quote those that are absent.
         backend: the implementation to measure.
+        save: called with what there is after each part (cases, growth, peers), so that a cut-off run leaves it.
 
     Raises:
         DeviceError: the device is not there.
@@ -197,14 +199,20 @@ def benchmark_on_gpu(
         result.ceilings = measure_ceilings(place, copy_bytes=plan.copy_bytes, matmul_size=plan.matmul_size)
         for case in chosen:
             _measure_case(result, case, plan, place, backend)
-        found = beside.run() if beside is not None else Peers()
+        if save is not None:
+            save(result)
         for case in chosen:
             if plan.growth and case.operator == "ssd" and case.direction == "both":
                 result.growth.append(_growth(case, plan, shapes, place, backend))
+        if save is not None:
+            save(result)
+        found = beside.run() if beside is not None else Peers()
     result.rows += found.rows
     result.versions |= {f"peer {name}": version for name, version in found.versions.items()}
     result.absent = found.absent
     result.seconds = time.monotonic() - began
+    if save is not None:
+        save(result)
     return result
 
 

@@ -80,7 +80,17 @@ def peers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("peers_folder")
 def test_the_whole_run_with_peers() -> None:
     cases = ("ssd-both-64", "ssd-forward-64", "selective_scan-both-shared")
-    result = benchmark_on_gpu(device="cpu", cases=cases, plan=PLAN, shapes=TINY, backend="torch")
+    saved: list[tuple[int, int]] = []
+    result = benchmark_on_gpu(
+        device="cpu",
+        cases=cases,
+        plan=PLAN,
+        shapes=TINY,
+        backend="torch",
+        save=lambda partial: saved.append((len(partial.rows), len(partial.growth))),
+    )
+    own_rows = sum(row.by == "genossm" for row in result.rows)
+    assert saved == [(own_rows, 0), (own_rows, len(result.growth)), (len(result.rows), len(result.growth))]
     assert [check.case for check in result.checks] == list(cases)
     assert all(0 < check.gradient_error < 1e-5 for check in result.checks)
     own = {(row.case, row.length): row for row in result.rows if row.by == "genossm"}

@@ -77,13 +77,16 @@ def command(
         raise click.UsageError(
             "--case, --quick and --markdown are for a GPU; leave them out with --device cpu"
         )
-    result, text, markdown, failures = measure_kernels(
-        device=device, cases=cases, quick=quick, peers=peers, length=length, heads=heads
+
+    def save(result: object, markdown: str) -> None:
+        if json_out is not None:
+            atomic_write_text(json_out, to_json({"kernels": result}) + "\n")
+        if markdown_out is not None:
+            atomic_write_text(markdown_out, markdown)
+
+    result, text, failures = measure_kernels(
+        device=device, cases=cases, quick=quick, peers=peers, length=length, heads=heads, save=save
     )
-    if json_out is not None:
-        atomic_write_text(json_out, to_json({"kernels": result}) + "\n")
-    if markdown_out is not None:
-        atomic_write_text(markdown_out, markdown)
     show({what: result}, text)
     if failures:
         raise GenossmError(f"these could not be measured: {'; '.join(failures)}")

@@ -1,4 +1,9 @@
 #!/bin/sh
 # Runs the tests that need a CUDA device, from anywhere, and prints pytest's summary. Exit status: pytest's.
+# Compiling kernels takes most of the time: with pytest-xdist installed ${JOBS:-8} processes share it.
 cd "$(dirname "$0")/../.." || exit 1
-exec "${PYTHON:-python3}" -m pytest tests/gpu -m gpu "$@"
+python="${PYTHON:-python3}"
+if "$python" -c 'import xdist' 2>/dev/null; then
+    exec "$python" -m pytest tests/gpu -m gpu -n "${JOBS:-8}" --dist loadgroup "$@"
+fi
+exec "$python" -m pytest tests/gpu -m gpu "$@"

@@ -57,6 +57,7 @@ def test_equals_float64(dtype: torch.dtype, gate: str, residual: str) -> None:
         compare(found, run(doubles, cotangents, backend="torch", **options), TOLERANCE[dtype])
 
 
+@pytest.mark.xdist_group("memory")
 def test_gradients_repeat_bit_by_bit_on_views_past_two_to_the_31() -> None:
     length, width = 1_048_583, 2192
     packed = torch.zeros(1, length, width, device="cuda", dtype=torch.bfloat16)

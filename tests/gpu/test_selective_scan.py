@@ -198,6 +198,7 @@ def test_a_million_zeros() -> None:
     assert all(torch.isfinite(result).all() for result in run(inputs, "both", "triton").values())
 
 
+@pytest.mark.xdist_group("memory")
 def test_rows_past_two_to_the_31() -> None:
     length, channels, width = 2**20 + 17, 64, 2192
     packed = torch.zeros(1, length, width, dtype=torch.bfloat16, device="cuda")
@@ -223,6 +224,7 @@ def test_rows_past_two_to_the_31() -> None:
     assert torch.equal(tail(views), tail(small))
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_elements_than_32_bits_count() -> None:
     inputs = make(2**22 + 5, batch=1, channels=1024, gate=False)
     y, final = selective_scan(

@@ -111,6 +111,7 @@ def test_a_million_zeros() -> None:
     assert all(torch.isfinite(tensor).all() for tensor in rest)
 
 
+@pytest.mark.xdist_group("memory")
 def test_a_view_of_a_packed_buffer_past_two_to_the_31() -> None:
     length, channels, width = 1_048_583, 64, 2192
     random = torch.Generator("cuda").manual_seed(3)
@@ -149,6 +150,7 @@ def test_more_than_two_to_the_32_elements() -> None:
     assert not dx[:, :1000].any()
 
 
+@pytest.mark.xdist_group("memory")
 def test_no_memory_but_inputs_and_outputs() -> None:
     x = torch.randn(1, 262_144, 1024, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(2, 1024, 4, device="cuda").requires_grad_()

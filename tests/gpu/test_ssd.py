@@ -6,8 +6,6 @@ which tests/test_ssd.py holds equal to it, for what is longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,7 +29,7 @@ BY_POSITION = ("x", "dt", "B", "C", "z")
 
 @dataclass(frozen=True)
 class Case:
-    """What a test scans; kernels of all cases that were collected are compiled first, see `compiled`."""
+    """What a test scans."""
 
     length: int
     dtype: torch.dtype = torch.bfloat16
@@ -147,28 +145,6 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
     assert not errors
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(request: pytest.FixtureRequest) -> None:
-    """Compiles the kernels of all collected cases side by side. What fails here fails again in its own test."""
-
-    def compile_kernels(case: Case) -> None:
-        inputs = {name: tensor.requires_grad_() for name, tensor in make(case).items()}
-        y = scan(inputs, case.direction)[0]
-        # in this thread; autograd has one for all gradients of a device
-        y.grad_fn.apply(torch.ones_like(y), None)  # type: ignore[union-attr]
-
-    items: Iterable[Any] = request.session.items
-    cases = {
-        value
-        for item in items
-        if item.path == request.path and hasattr(item, "callspec")
-        for value in item.callspec.params.values()
-        if isinstance(value, Case) and value.length < 10_000
-    }
-    with ThreadPoolExecutor(12) as pool:
-        wait([pool.submit(compile_kernels, case) for case in cases])
-
-
 @pytest.mark.parametrize("case", [*OF_LENGTHS, *OF_SIZES, *OF_DIRECTIONS, HALF], ids=str)
 def test_outputs_and_gradients(case: Case) -> None:
     inputs = make(case)
@@ -276,6 +252,7 @@ def of_a_projection(length: int, heads: int = 16, state: int = 64) -> dict[str, 
     }
 
 
+@pytest.mark.xdist_group("memory")
 def test_a_view_of_a_buffer_past_two_to_the_31() -> None:
     views = of_a_projection(2**20 + 17)
     assert views["x"].stride(1) * views["x"].shape[1] > 2**31
@@ -289,6 +266,7 @@ def test_a_view_of_a_buffer_past_two_to_the_31() -> None:
     assert_close(*tails, 1e-3)
 
 
+@pytest.mark.xdist_group("memory")
 def test_a_view_of_a_buffer_past_two_to_the_32() -> None:
     views = of_a_projection(2**21 + 17)
     assert views["x"].stride(1) * views["x"].shape[1] > 2**32
