@@ -21,7 +21,7 @@ PROGRAMS = 512
 STEP_HEADS = 8
 PASS_BLOCK = 512
 PASS_STAGES = 4
-
+"""Heads of a program for the step sizes; elements of a program and chunks in flight for passing states on."""
 
 PRECISION = "tf32x3"
 """Products of float32 tensors: three of TF32 give float32's accuracy. Others are exact and summed in float32."""
@@ -63,10 +63,10 @@ class SsdLaunches:
         self.plane = self.batch * self.heads * self.length
         self.totals = self.all_chunks * self.heads
         self.state_plane = self.totals * self.head_dim * self.state
-        second = self.forward
-        self.sum_reverse = second * self.plane
-        self.step_reverse = second * self.plane if self.separate else 0
-        self.total_reverse = second * self.totals
+        # What is of the reverse direction comes after what is of the forward one, where both are run.
+        self.sum_reverse = self.forward * self.plane
+        self.step_reverse = self.forward * self.plane if self.separate else 0
+        self.total_reverse = self.forward * self.totals
         self.padded = {
             "P": self.head_dim,
             "N": self.state,
@@ -235,15 +235,14 @@ class SsdLaunches:
             SEPARATE_DT=int(self.dt.dim() == 4), HAS_BIAS=self.dt_bias is not None, SOFTPLUS=self.softplus, num_warps=4,
         )  # fmt: skip
         dA, dbias = parts.sum(2)
-        if skip:
-            by_head = diagonal[: self.plane].view(self.batch, self.heads, self.length)
+        by_position = diagonal[: self.plane].view(self.batch, self.heads, self.length)
         return (
             ddt,
             _by_parameter(dA, self.A),
             dB,
             dC,
             None if self.dt_bias is None else _by_parameter(dbias, self.dt_bias),
-            by_head.sum((0, 2)) if skip else None,
+            by_position.sum((0, 2)) if skip else None,
         )
 
     def skip_gradient(self, dy: Tensor) -> Tensor:

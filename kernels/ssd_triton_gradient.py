@@ -27,10 +27,12 @@ def _added(a, b, c, d):
 @triton.jit(do_not_specialize=OF_LENGTH)
 def ssd_pairs(
     X, DY, B, C, SUM, STEP, FAR, PAIRS, ROWS, COLUMNS, DIAGONAL, SPANS, heads, groups, length, chunks,
-    x_batch, x_row: tl.constexpr, x_head, g_batch, g_row: tl.constexpr, g_head, b_batch, b_row: tl.constexpr, b_group, c_batch, c_row: tl.constexpr, c_group,
+    x_batch, x_row: tl.constexpr, x_head, g_batch, g_row: tl.constexpr, g_head, b_batch, b_row: tl.constexpr,
+    b_group, c_batch, c_row: tl.constexpr, c_group,
     forward, reverse, step_forward, step_reverse, plane,
     Q: tl.constexpr, BI: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, NEAR: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, NEAR: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BI outputs i (rows) against the inputs j (columns) of the same half (NEAR) or of the other, all heads of a group.
 
@@ -148,10 +150,12 @@ def ssd_pairs(
 def ssd_keys(
     V, OWN, OTHER, SUM, STEP, TOTAL, PAIRS, STATES, ACROSS, GRADIENT, CARRIED, INNER, SPANS,
     heads, groups, length, chunks, totals,
-    v_batch, v_row: tl.constexpr, v_head, own_batch, own_row: tl.constexpr, own_group, other_batch, other_row: tl.constexpr, other_group,
+    v_batch, v_row: tl.constexpr, v_head, own_batch, own_row: tl.constexpr, own_group, other_batch,
+    other_row: tl.constexpr, other_group,
     left, right, step_left, step_right, total_left, total_right, plane, state_plane,
     Q: tl.constexpr, BT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of OWN at BT positions: dC from V = dy, OTHER = B and the states; dB from x, C and the adjoints.
 
@@ -320,7 +324,8 @@ def ssd_step_gradient(
 
 @triton.jit(do_not_specialize=OF_LENGTH)
 def ssd_skip_gradient(
-    X, DY, PARTS, SPANS, heads, length, chunks, x_batch, x_row: tl.constexpr, x_head, g_batch, g_row: tl.constexpr, g_head,
+    X, DY, PARTS, SPANS, heads, length, chunks, x_batch, x_row: tl.constexpr, x_head, g_batch, g_row: tl.constexpr,
+    g_head,
     Q: tl.constexpr, BK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Each chunk's part of the gradient of D, for every element of head_dim."""

@@ -133,7 +133,8 @@ def ssd_states(
     x_batch, x_row: tl.constexpr, x_head, b_batch, b_row: tl.constexpr, b_group,
     left, right, step_left, step_right, total_left, plane,
     Q: tl.constexpr, BK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the state that leaves it, to the right (LEFT: seen from the left) and to the left."""
     pid = tl.program_id(0).to(tl.int64)
@@ -237,7 +238,8 @@ def near_weights(
 @triton.jit(do_not_specialize=OF_LENGTH)
 def ssd_output(
     X, B, C, SUM, STEPPED, STEP, TOTAL, FAR, CARRY, D, Z, Y, SPANS, heads, per_group, length, chunks,
-    x_batch, x_row: tl.constexpr, x_head, b_batch, b_row: tl.constexpr, b_group, c_batch, c_row: tl.constexpr, c_group, z_batch, z_row: tl.constexpr, z_head,
+    x_batch, x_row: tl.constexpr, x_head, b_batch, b_row: tl.constexpr, b_group, c_batch, c_row: tl.constexpr,
+    c_group, z_batch, z_row: tl.constexpr, z_head,
     left, right, step_left, step_right, total_right, plane,
     Q: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, ADJOINT: tl.constexpr,
