@@ -24,7 +24,7 @@ from genossm.kernels.arguments import (
 from genossm.kernels.backend import TRITON_DTYPES, Backend, choose_backend, interpreting, shared_memory
 from genossm.kernels.packing import ChunkLayout, sequence_bounds
 from genossm.kernels.reference import ssd_reference
-from genossm.kernels.ssd_tiles import CHUNKS, HEAD_DIM, STATE, STATE_ELEMENTS, padded, tiles_for
+from genossm.kernels.ssd_tiles import CHUNKS, HEAD_DIM, STATE, STATE_ELEMENTS, chunk_for, padded
 from genossm.kernels.ssd_torch import ssd_chunked
 
 DEFAULT_CHUNK = {"cpu": 64, "cuda": 128}
@@ -195,7 +195,7 @@ def _unfit_for_triton(x: Tensor, B: Tensor, chunk_size: int | None) -> str | Non
         return f"chunk_size is {chunk_size}; backend='triton' takes one of {', '.join(map(str, CHUNKS))}, or None"
     if x.dtype in TRITON_DTYPES and (x.is_cuda or interpreting()):
         budget = shared_memory(x.device)
-        if tiles_for(x.dtype, head_dim, state, budget, chunk_size) is None:
+        if chunk_for(x.dtype, head_dim, state, budget, chunk_size) is None:
             return (
                 f"head_dim {head_dim}, state {state} and chunk_size {chunk_size} in {x.dtype} need more than the "
                 f"{budget // 1024} KiB of shared memory of {x.device}; take a smaller chunk_size, or backend='torch'"

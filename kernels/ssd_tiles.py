@@ -43,14 +43,32 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def chunk_for(dtype: torch.dtype, head_dim: int, state: int, budget: int, chunk: int | None) -> int | None:
+    """The chunk of `tiles_for`, or None where the kernels do not fit; torch.compile takes it as it is."""
+    tiles = tiles_for(dtype, head_dim, state, budget, chunk)
+    return None if tiles is None else tiles.chunk
+
+
 def tiles_for(dtype: torch.dtype, head_dim: int, state: int, budget: int, chunk: int | None) -> Tiles | None:
     """How the kernels are built within `budget` bytes of shared memory a program, or None where they do not fit.
 
     Args:
         chunk: positions of a chunk (one of CHUNKS), or None for the largest that fits and pays.
     """
-    size = 4 if dtype == torch.float32 else 2
-    P, N = padded(head_dim), padded(state)
+    key = (dtype, head_dim, state, budget, chunk)
+    if key not in _chosen:
+        _chosen[key] = _choose(
+            4 if dtype == torch.float32 else 2, padded(head_dim), padded(state), budget, chunk
+        )
+    return _chosen[key]
+
+
+_chosen: dict[tuple[torch.dtype, int, int, int, int | None], Tiles | None] = {}
+
+
+def _choose(size: int, P: int, N: int, budget: int, chunk: int | None) -> Tiles | None:
+    """The same for elements of `size` bytes and padded extents."""
 
     def output(positions: int, stages: int) -> int:
         return stages * (positions * P + 2 * P * N) * size + positions // 2 * N * size + RESERVED

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from genossm.kernels.backend import shared_memory
 from genossm.kernels.packing import chunk_spans
 from genossm.kernels.ssd_launch import SsdLaunches
-from genossm.kernels.ssd_tiles import CHUNKS, tiles_for
+from genossm.kernels.ssd_tiles import CHUNKS, chunk_for, tiles_for
 from genossm.kernels.triton_support import on_device
 
 DIRECTIONS = ("forward", "reverse", "both")
@@ -39,9 +39,9 @@ def ssd_scan(
         initial: like the final states, or None.
         bounds: first and end position of each sequence of a packed row.
     """
-    tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk_size)
-    assert tiles is not None
-    chunk = chunk_size or min(tiles.chunk, max(CHUNKS[0], triton.next_power_of_2(x.shape[1])))
+    largest = chunk_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk_size)
+    assert largest is not None
+    chunk = chunk_size or min(largest, max(CHUNKS[0], triton.next_power_of_2(x.shape[1])))
     spans = firsts = None
     if bounds is not None:
         spans, firsts = chunk_spans(bounds, chunk, x.device)
