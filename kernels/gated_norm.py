@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genossm.kernels.arguments import accumulation, check_real, check_shape
+from genossm.kernels.arguments import accumulation, check_devices, check_real, check_shape
 from genossm.kernels.backend import Backend, choose_backend
 
 WIDEST = 8192
@@ -76,8 +76,7 @@ def gated_rms_norm(
     for name, tensor in (("x", x), ("weight", weight), ("z", z), ("residual", residual)):
         if tensor is not None:
             check_real(name, tensor)
-            if tensor.device != x.device:
-                raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+    check_devices(x, weight=weight, z=z, residual=residual)
     if x.dim() < 1:
         raise ValueError("x has no axis; (..., channels) is needed")
     channels = x.shape[-1]

@@ -10,6 +10,7 @@ from genossm.kernels.arguments import (
     States,
     accumulation,
     by_direction,
+    check_devices,
     check_direction,
     check_real,
     check_shape,
@@ -90,6 +91,9 @@ def selective_scan(
     if not A.is_complex() and any(start is not None and start.is_complex() for start in starts):
         raise ValueError("initial_state is complex and A is real; give a complex A, or a real initial_state")
 
+    check_devices(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    for start in starts:
+        check_devices(x, initial_state=start)
     chosen = choose_backend(backend, x, _unfit(A))
     if chosen == "triton":
         from genossm.kernels.selective_scan_triton import selective_scan_triton

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genossm.kernels.arguments import accumulation
+from genossm.kernels.arguments import accumulation, check_devices
 from genossm.kernels.backend import Backend, choose_backend
 from genossm.kernels.short_conv_torch import convolve_reference, convolve_torch, padded
 
@@ -177,8 +177,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+    check_devices(x, weight=weight, bias=bias)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None")
 
@@ -206,10 +205,7 @@ def _states(
     for state in pair:
         if state is not None and tuple(state.shape) != shape:
             raise ValueError(f"initial_state has shape {tuple(state.shape)}; {shape} is needed")
-        if state is not None and state.device != x.device:
-            raise ValueError(
-                f"initial_state is on {state.device} and x on {x.device}; move them to one device"
-            )
+        check_devices(x, initial_state=state)
     left, right = pair
     return None if left is None else left.to(x.dtype), None if right is None else right.to(x.dtype)
 
