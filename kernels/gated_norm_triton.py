@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.kernels.triton_support import PTX, on_device, processors, rows_of_channels, sigmoid
+from genossm.kernels.triton_support import (
+    LIBRARY,
+    PTX,
+    define_operator,
+    on_device,
+    processors,
+    rows_of_channels,
+    sigmoid,
+)
 
 
 class Config(NamedTuple):
@@ -315,18 +323,16 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tens
     return dx, dweight, None if z is None else dz, dresidual, None, None, None
 
 
-_LIBRARY = torch.library.Library("genossm", "FRAGMENT")
-_LIBRARY.define(
+define_operator(
     "gated_rms_norm(Tensor x, Tensor weight, Tensor? z, Tensor? residual, int groups, float eps, bool norm_first) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
 )
-_LIBRARY.define(
+define_operator(
     "gated_rms_norm_backward(Tensor value, Tensor weight, Tensor? z, Tensor? dy, Tensor? dtotal, int groups, "
-    "float eps, bool norm_first, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float eps, bool norm_first, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
-for _device in ("CUDA", "CPU"):
-    torch.library.impl(_LIBRARY, "gated_rms_norm", _device)(_forward)
-    torch.library.impl(_LIBRARY, "gated_rms_norm_backward", _device)(_backward)
-torch.library.register_fake("genossm::gated_rms_norm", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("genossm::gated_rms_norm_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("genossm::gated_rms_norm", _gradients, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("genossm::gated_rms_norm", _gradients, setup_context=_save, lib=LIBRARY)

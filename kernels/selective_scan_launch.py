@@ -22,7 +22,7 @@ from genossm.kernels.selective_scan_gradient import gradient_kernel
 from genossm.kernels.selective_scan_guard import exchanges_fit
 from genossm.kernels.selective_scan_pair_gradient import pair_gradient_kernel
 from genossm.kernels.selective_scan_states import chunk_states_kernel, pass_states_kernel
-from genossm.kernels.triton_support import on_device
+from genossm.kernels.triton_support import contiguous, on_device
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _forward(*inputs: Any, plain: bool) -> tuple[Tensor, Tensor]:
             call.A,
             call.B,
             call.C,
-            _contiguous(call.D),
+            contiguous(call.D),
             call.bias,
             call.z,
             y,
@@ -156,7 +156,7 @@ def _backward(dy: Tensor | None, dfinal: Tensor | None, *inputs: Any, plain: boo
     call.launch(
         kernel,
         (programs,),
-        *(x, dt, A, call.B, call.C, _contiguous(D), bias, z, dy, states, sums, scratch, dx, ddt, dz, dBC),
+        *(x, dt, A, call.B, call.C, contiguous(D), bias, z, dy, states, sums, scratch, dx, ddt, dz, dBC),
         *call.sizes(tiles),
         *call.strides(),
         *dy.stride()[:2],
@@ -393,10 +393,6 @@ def _rows_with_direction(tensor: Tensor) -> tuple[int, int, int]:
 
 def _each(stacked: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
     return (None,) * count if stacked is None else tuple(stacked.unbind(0))
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 @functools.cache

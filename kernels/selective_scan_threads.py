@@ -58,45 +58,9 @@ def swap(x, BIT: tl.constexpr, PLAIN: tl.constexpr):
     if PLAIN:
         other = tl.arange(0, x.shape[1]) ^ BIT
         swapped = tl.gather(x, tl.broadcast_to(other[None, :], x.shape), 1)
-    elif BIT == 1:
-        swapped = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    elif BIT == 2:
-        swapped = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 2, 31, 0xffffffff;",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    elif BIT == 4:
-        swapped = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 4, 31, 0xffffffff;",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    elif BIT == 8:
-        swapped = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 8, 31, 0xffffffff;",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
     else:
         swapped = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 16, 31, 0xffffffff;",
+            f"shfl.sync.bfly.b32 $0, $1, {BIT}, 31, 0xffffffff;",
             "=f,f",
             [x],
             dtype=tl.float32,

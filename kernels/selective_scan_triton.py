@@ -11,15 +11,13 @@ from torch.utils.flop_counter import register_flop_formula
 from genossm.kernels.arguments import Direction, Pair
 from genossm.kernels.packing import chunk_spans
 from genossm.kernels.selective_scan_launch import chunk_length, run_backward, run_forward
+from genossm.kernels.triton_support import LIBRARY, define_operator
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? start, Tensor? reverse_start, Tensor? spans, Tensor? firsts, "
     "bool dt_softplus, str direction, int packed_chunk"
 )
-_library = torch.library.Library("genossm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"selective_scan({_INPUTS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
-_library.define(f"selective_scan_backward(Tensor? dy, Tensor? dfinal, {_INPUTS}) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 
 def selective_scan_triton(
@@ -86,12 +84,13 @@ def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tens
     return (*wanted, None, None, None, None, None)
 
 
-for _key in ("CPU", "CUDA"):
-    torch.library.impl(_library, "selective_scan", _key)(run_forward)
-    torch.library.impl(_library, "selective_scan_backward", _key)(run_backward)
-torch.library.register_fake("genossm::selective_scan", _fake_forward, lib=_library)
-torch.library.register_fake("genossm::selective_scan_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("genossm::selective_scan", _gradients, setup_context=_save, lib=_library)
+define_operator(f"selective_scan({_INPUTS}) -> (Tensor, Tensor)", run_forward, _fake_forward)
+define_operator(
+    f"selective_scan_backward(Tensor? dy, Tensor? dfinal, {_INPUTS}) -> Tensor[]",
+    run_backward,
+    _fake_backward,
+)
+torch.library.register_autograd("genossm::selective_scan", _gradients, setup_context=_save, lib=LIBRARY)
 
 
 @register_flop_formula(torch.ops.genossm.selective_scan)

@@ -19,7 +19,14 @@ from genossm.kernels.short_conv_kernels import (
     short_conv_forward_kernel,
     short_conv_reduce_kernel,
 )
-from genossm.kernels.triton_support import PTX, on_device, processors, rows_of_channels
+from genossm.kernels.triton_support import (
+    LIBRARY,
+    PTX,
+    define_operator,
+    on_device,
+    processors,
+    rows_of_channels,
+)
 
 CAUSAL, REVERSE, CENTERED, BOTH = range(4)
 PADDINGS = {"causal": CAUSAL, "reverse": REVERSE, "centered": CENTERED, "both": BOTH}
@@ -388,21 +395,19 @@ def _gradients(
     )
 
 
-_LIBRARY = torch.library.Library("genossm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+define_operator(
     "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? left, Tensor? right, int padding, bool silu, "
-    "bool final) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool final) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
 )
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+define_operator(
     "short_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? left, Tensor? right, Tensor? dy, "
-    "Tensor? dy_2, Tensor? dlast, Tensor? dfirst, int padding, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? dy_2, Tensor? dlast, Tensor? dfirst, int padding, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
-for _device in ("CUDA", "CPU"):
-    torch.library.impl(_LIBRARY, "short_conv", _device)(_forward)
-    torch.library.impl(_LIBRARY, "short_conv_backward", _device)(_backward)
-torch.library.register_fake("genossm::short_conv", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("genossm::short_conv_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("genossm::short_conv", _gradients, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("genossm::short_conv", _gradients, setup_context=_save, lib=LIBRARY)
 
 
 @register_flop_formula(torch.ops.genossm.short_conv)

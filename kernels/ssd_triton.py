@@ -13,7 +13,7 @@ from genossm.kernels.backend import shared_memory
 from genossm.kernels.packing import chunk_spans
 from genossm.kernels.ssd_launch import SsdLaunches
 from genossm.kernels.ssd_tiles import CHUNKS, chunk_for, tiles_for
-from genossm.kernels.triton_support import on_device
+from genossm.kernels.triton_support import contiguous, define_operator, on_device
 
 DIRECTIONS = ("forward", "reverse", "both")
 
@@ -80,9 +80,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on_device(x):
         scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
-        carry, final = scan.carried(scan.x, scan.B, _contiguous(initial), adjoint=False)
+        carry, final = scan.carried(scan.x, scan.B, contiguous(initial), adjoint=False)
         gate = None if z is None else _aligned(z, chunk)
-        return scan.output(scan.x, scan.B, scan.C, _contiguous(D), gate, carry, adjoint=False), final
+        return scan.output(scan.x, scan.B, scan.C, contiguous(D), gate, carry, adjoint=False), final
 
 
 def _backward(
@@ -93,7 +93,7 @@ def _backward(
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial; an empty tensor for what there is not."""
     with on_device(x):
         scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
-        start, skip = _contiguous(initial), _contiguous(D)
+        start, skip = contiguous(initial), contiguous(D)
         carry, _ = scan.carried(scan.x, scan.B, start, adjoint=False)
         dy = torch.zeros_like(x) if dy is None else dy
         dz = scan.empty(0)
@@ -103,7 +103,7 @@ def _backward(
             dz = (wide * y.float() * gate * (1 + z.float() * (1 - gate))).to(z.dtype)
             dy = (wide * z.float() * gate).to(x.dtype)
         dy = _aligned(dy.to(x.dtype), chunk)
-        adjoint, dinitial = scan.carried(dy, scan.C, _contiguous(dfinal), adjoint=True)
+        adjoint, dinitial = scan.carried(dy, scan.C, contiguous(dfinal), adjoint=True)
         by_head = D is not None and D.dim() == 1
         ddt, dA, dB, dC, dbias, dD = scan.gradients(dy, carry, adjoint, skip=by_head)
         if D is not None and D.dim() == 2:
@@ -118,19 +118,9 @@ def _backward(
         )  # fmt: skip
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial, "
     "Tensor? spans, Tensor? firsts, int direction, bool softplus, int chunk"
-)
-_library = torch.library.Library("genossm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"ssd_scan({_INPUTS}) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    f"ssd_scan_backward(Tensor? dy, Tensor? dfinal, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -155,11 +145,13 @@ def _backward_shapes(
     )
 
 
-for _key in ("CUDA", "CPU"):
-    torch.library.impl(_library, "ssd_scan", _key)(_forward)
-    torch.library.impl(_library, "ssd_scan_backward", _key)(_backward)
-torch.library.register_fake("genossm::ssd_scan", _forward_shapes, lib=_library)
-torch.library.register_fake("genossm::ssd_scan_backward", _backward_shapes, lib=_library)
+define_operator(f"ssd_scan({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_shapes)
+define_operator(
+    f"ssd_scan_backward(Tensor? dy, Tensor? dfinal, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_shapes,
+)
 
 
 class _Scan(torch.autograd.Function):

@@ -1,12 +1,14 @@
-"""What the Triton modules share: the sigmoid, and the device that a launch goes to."""
+"""What the Triton modules share: operators in PyTorch, the sigmoid, the device that a launch goes to, and layouts."""
 
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 # Functions of Triton's own language have no types.
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.kernels.backend import interpreting
+
+LIBRARY = torch.library.Library("genossm", "FRAGMENT")
+
+
+def define_operator(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Make genossm::name(...) -> ... known to PyTorch, on CUDA and, for Triton's interpreter, on the CPU.
+
+    Args:
+        shapes: the same function for tensors without data: empty results of the right shapes and dtypes.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CUDA", "CPU"):
+        torch.library.impl(LIBRARY, name, key)(implementation)
+    torch.library.register_fake(f"genossm::{name}", shapes, lib=LIBRARY)
+
 
 PTX = torch.version.hip is None and not interpreting()
 """Whether kernels may hold inline PTX."""
@@ -58,3 +76,8 @@ def processors(device: torch.device) -> int:
 def rows_of_channels(tensor: Tensor) -> Tensor:
     """The tensor, copied where its last axis is not contiguous (that of size 1 always is)."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied where it is not contiguous."""
+    return None if tensor is None else tensor.contiguous()
