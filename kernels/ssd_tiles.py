@@ -28,7 +28,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Positions of a chunk, and how each kernel is built; `output` works on half a chunk."""
+    """Positions of a chunk, and how each kernel is built; `output` works on half a chunk, `near` and `far` on as many rows."""
 
     chunk: int
     states: Launch
@@ -77,24 +77,28 @@ def _choose(size: int, P: int, N: int, budget: int, chunk: int | None) -> Tiles 
         return max(stages * (rows * rows + rows * N), stages * (rows * P + P * N)) * size + RESERVED
 
     for positions in (chunk,) if chunk else ((256, 128, 64) if size == 2 else (128, 64)):
-        for stages in (2, 1) if size == 2 else (1,):
+        for stages in (3, 2, 1) if size == 2 else (1,):
             if output(positions, stages) > budget:
                 continue
             half = positions // 2
             warps = 8 if half >= 64 and (half > 64 or size == 4) else 4
-            small = min(32, half)
             wide = P * N > 8192  # twice the registers for states
-            rows = min(64 if size == 2 else 32, half)
-            if size == 2 and half >= 128 and not wide and keys(128, 2) <= budget:
-                rows = 128
             loaded = 128 if size == 2 and not wide and 256 * (P + N) * size + RESERVED <= budget else 32
-            narrow = Launch(small, 4, 2) if size == 2 else Launch(small, 8, 1)
+            if size == 4:
+                near = far = Launch(min(32, half), 4, 1)
+                of_keys = Launch(min(32, half), 8, 1)
+            else:
+                tile = min(64, half)
+                near, far = Launch(tile, 8 if tile == 64 else 4, 3, 128), Launch(tile, 4, 3)
+                rows = 128 if half >= 128 and N > 64 and not wide and keys(128, 2) <= budget else tile
+                deep = next((count for count in (3, 2) if not wide and keys(rows, count) <= budget), 1)
+                of_keys = Launch(rows, 4 if N <= 64 else 8, 2 if wide and keys(rows, 2) <= budget else deep)
             return Tiles(
                 positions,
-                Launch(min(loaded, positions), 8 if wide else 4, 2),
+                Launch(min(loaded, positions), 8 if wide else 4, 3 if size == 2 and N <= 64 else 2),
                 Launch(half, warps, stages),
-                narrow,
-                narrow,
-                Launch(rows, 8, 2 if size == 2 and keys(rows, 2) <= budget else 1),
+                near,
+                far,
+                of_keys,
             )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from genossm.kernels.backend import shared_memory
 from genossm.kernels.packing import chunk_spans
 from genossm.kernels.ssd_launch import SsdLaunches
+from genossm.kernels.ssd_plan import SsdPlan
 from genossm.kernels.ssd_tiles import CHUNKS, chunk_for, tiles_for
+from genossm.kernels.triton_launch import remembered, signature
 from genossm.kernels.triton_support import contiguous, define_operator, on_device
 
 DIRECTIONS = ("forward", "reverse", "both")
@@ -49,6 +52,9 @@ def ssd_scan(
         x, dt, A, B.to(x.dtype), C.to(x.dtype), D, z, dt_bias, initial, spans, firsts,
         DIRECTIONS.index(direction), softplus, chunk,
     )  # fmt: skip
+    if not torch.is_grad_enabled():
+        y, final = torch.ops.genossm.ssd_scan(*inputs)
+        return y, final
     y, final = _Scan.apply(*inputs)  # type: ignore[no-untyped-call]
     return y, final
 
@@ -61,16 +67,23 @@ def _aligned(tensor: Tensor, chunk: int) -> Tensor:
 
 
 def _prepared(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, spans: Tensor | None,
-    firsts: Tensor | None, direction: int, softplus: bool, chunk: int,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dy: Tensor | None,
+    spans: Tensor | None, firsts: Tensor | None, direction: int, softplus: bool, chunk: int,
 ) -> SsdLaunches:  # fmt: skip
     x, B, C = (_aligned(tensor, chunk) for tensor in (x, B, C))
-    forward, reverse = int(direction != 1), int(direction != 0)
-    tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk)
-    assert tiles is not None
-    scan = SsdLaunches(x, dt, A, B, C, dt_bias, spans, firsts, forward, reverse, softplus, tiles)
-    scan.sizes()
-    return scan
+    key = (signature(x, dt, A, B, C, dt_bias, dy, spans, firsts), x.device, direction, softplus, chunk)
+
+    def make() -> SsdPlan:
+        tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk)
+        assert tiles is not None
+        return SsdPlan(
+            x, dt, A, B, C, dt_bias, dy, spans, firsts, direction=direction, softplus=softplus, tiles=tiles
+        )
+
+    return SsdLaunches(remembered(_plans, key, make), x, dt, A, B, C, dt_bias, spans, firsts)
+
+
+_plans: dict[Hashable, SsdPlan] = {}
 
 
 def _forward(
@@ -79,10 +92,9 @@ def _forward(
     direction: int, softplus: bool, chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on_device(x):
-        scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
+        scan = _prepared(x, dt, A, B, C, dt_bias, None, spans, firsts, direction, softplus, chunk)
         carry, final = scan.carried(scan.x, scan.B, contiguous(initial), adjoint=False)
-        gate = None if z is None else _aligned(z, chunk)
-        return scan.output(scan.x, scan.B, scan.C, contiguous(D), gate, carry, adjoint=False), final
+        return scan.output(contiguous(D), None if z is None else _aligned(z, chunk), carry), final
 
 
 def _backward(
@@ -92,24 +104,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial; an empty tensor for what there is not."""
     with on_device(x):
-        scan = _prepared(x, dt, A, B, C, dt_bias, spans, firsts, direction, softplus, chunk)
-        start, skip = contiguous(initial), contiguous(D)
-        carry, _ = scan.carried(scan.x, scan.B, start, adjoint=False)
-        dy = torch.zeros_like(x) if dy is None else dy
+        dy = torch.zeros_like(x) if dy is None else _aligned(dy.to(x.dtype), chunk)
+        dy = dy if z is None else dy.contiguous()
+        scan = _prepared(x, dt, A, B, C, dt_bias, dy, spans, firsts, direction, softplus, chunk)
+        carry, _ = scan.carried(scan.x, scan.B, contiguous(initial), adjoint=False)
+        skip = contiguous(D)
         dz = scan.empty(0)
         if z is not None:
-            y = scan.output(scan.x, scan.B, scan.C, skip, None, carry, adjoint=False)
+            y = scan.output(skip, None, carry)
             gate, wide = torch.sigmoid(z.float()), dy.float()
             dz = (wide * y.float() * gate * (1 + z.float() * (1 - gate))).to(z.dtype)
-            dy = (wide * z.float() * gate).to(x.dtype)
-        dy = _aligned(dy.to(x.dtype), chunk)
+            dy = (wide * z.float() * gate).to(x.dtype).contiguous()
         adjoint, dinitial = scan.carried(dy, scan.C, contiguous(dfinal), adjoint=True)
         by_head = D is not None and D.dim() == 1
         ddt, dA, dB, dC, dbias, dD = scan.gradients(dy, carry, adjoint, skip=by_head)
         if D is not None and D.dim() == 2:
             dD = scan.skip_gradient(dy)
         del carry
-        dx = scan.output(dy, scan.C, scan.B, skip, None, adjoint, adjoint=True)
+        dx = scan.input_gradient(dy, skip, adjoint)
         # An operator may not give the same tensor twice, not even an empty one.
         return (
             dx, ddt, dA, dB, dC, scan.empty(0) if D is None or dD is None else dD.to(D.dtype), dz,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from genossm.kernels.ssd_triton_scan import LOG2E, OF_LENGTH, below, chunk_span, decay
+from genossm.kernels.ssd_triton_scan import LEAST_STEP, LOG2E, OF_LENGTH, below, chunk_span, decay
 
 
 @triton.jit
@@ -26,39 +26,45 @@ def _added(a, b, c, d):
 
 @triton.jit(do_not_specialize=OF_LENGTH)
 def ssd_pairs(
-    X, DY, B, C, SUM, STEP, FAR, PAIRS, ROWS, COLUMNS, DIAGONAL, SPANS, heads, groups, length, chunks,
+    X, DY, B, C, SUM, STEPPED, STEP, PAIRS, ROWS, COLUMNS, DIAGONAL, SPANS, heads, groups, length, chunks,
     x_batch, x_row: tl.constexpr, x_head, g_batch, g_row: tl.constexpr, g_head, b_batch, b_row: tl.constexpr,
-    b_group, c_batch, c_row: tl.constexpr, c_group,
-    forward, reverse, step_forward, step_reverse, plane,
-    Q: tl.constexpr, BI: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, NEAR: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
+    b_group, c_batch, c_row: tl.constexpr, c_group, reverse, step_reverse, plane,
+    Q: tl.constexpr, BT: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, ITSELF: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BI outputs i (rows) against the inputs j (columns) of the same half (NEAR) or of the other, all heads of a group.
+    """BT outputs i (rows) against BT inputs j (columns), the same positions (ITSELF) or others, all heads of a group.
 
-    Sums of G S W dt_j over j go to ROWS: plane 0 from the other half, 1 forward and 2 reverse of the same half. Sums
-    of G S W over i go to COLUMNS, the same three for each of the half's blocks of BI rows. The diagonal is in neither (it
-    has no exponent, and large step sizes would leave its rounding errors there): DIAGONAL gets its G, and G S.
+    T, the gradient of a pair's weight times that weight, is summed over j to ROWS (one plane for each block of columns)
+    and over i to COLUMNS (one for each block of rows); pairs of a block with itself are forward there, and reverse in
+    one more plane. The diagonal is in neither (it has no exponent, and large step sizes would leave its rounding errors
+    there): DIAGONAL gets its gradient without, and with C B^T.
     """
-    HALF: tl.constexpr = Q // 2
-    BLOCKS: tl.constexpr = HALF // BI
+    BLOCKS: tl.constexpr = Q // BT
+    OTHERS: tl.constexpr = 1 if ITSELF else BLOCKS - 1
     pid = tl.program_id(0).to(tl.int64)
     zero = pid * 0  # an int64, for offsets of several planes
-    block = (pid % (2 * BLOCKS)).to(tl.int32)
-    chunk_group = pid // (2 * BLOCKS)
+    block = (pid % (BLOCKS * OTHERS)).to(tl.int32)
+    chunk_group = pid // (BLOCKS * OTHERS)
     chunk = chunk_group // groups
     group = chunk_group - chunk * groups
     batch, first, size = chunk_span(SPANS, chunk, chunks, length, Q, PACKED)
-    i0 = block * BI
-    late = block // BLOCKS
-    j0 = (late if NEAR else 1 - late) * HALF
-    if (i0 >= size) | (j0 >= size):
+    of_rows = block // OTHERS
+    of_columns = of_rows
+    if ITSELF == 0:
+        of_columns = block % OTHERS
+        of_columns += (of_columns >= of_rows).to(tl.int32)
+    i = of_rows * BT + tl.arange(0, BT)
+    j = of_columns * BT + tl.arange(0, BT)
+    if (of_rows * BT >= size) | (of_columns * BT >= size):
         return
-    if NEAR == 0:
-        if ((FORWARD == 0) & (late == 1)) | ((REVERSE == 0) & (late == 0)):
+    pairs_at = PAIRS + (chunk_group * Q + i[:, None]) * Q + j[None, :]
+    from_left = of_rows > of_columns
+    if ITSELF == 0:
+        if ((FORWARD == 0) & from_left) | ((REVERSE == 0) & (of_rows < of_columns)):
+            if of_rows * BT // (Q // 2) == of_columns * BT // (Q // 2):  # ssd_keys reads all of a half
+                tl.store(pairs_at, tl.zeros([BT, BT], PAIRS.dtype.element_ty))
             return
-    i = i0 + tl.arange(0, BI)
-    j = j0 + tl.arange(0, HALF)
     has_i = below(i, size, EVEN)
     has_j = below(j, size, EVEN)
     p = tl.arange(0, BP)
@@ -74,76 +80,74 @@ def ssd_pairs(
     x_at = X + batch * x_batch + first * x_row + group * per_group * x_head
     g_at = DY + batch * g_batch + first * g_row + group * per_group * g_head
     at = (batch * heads + group * per_group) * length + first
-    columns = COLUMNS + (zero + block % BLOCKS * 3) * plane
-    summed = tl.zeros([BI, HALF], tl.float32)
-    if NEAR:
-        products_itself = tl.sum(tl.where(i[:, None] == j[None, :], products, 0.0), 1)
-    sign = tl.where(late == 1, 1.0, -1.0)
-    middle = tl.where(late == 1, HALF - 1, HALF)
-    far_sums = SUM + tl.where(late == 1, forward, reverse)
+    summed = tl.zeros([BT, BT], tl.float32)
+    on_diagonal = i[:, None] == j[None, :]
+    if ITSELF:
+        products_itself = tl.sum(tl.where(on_diagonal, products, 0.0), 1)
+        twice = tl.zeros([BT], tl.float32)
+    sign = tl.where(from_left, 1.0, -1.0)
+    towards = tl.where(from_left, 0, reverse)
     for _ in range(0, per_group):
         x = tl.load(x_at + j[None, :] * x_row + p[:, None], mask=has_j[None, :] & in_p[:, None], other=0.0)
         dy = tl.load(g_at + i[:, None] * g_row + p[None, :], mask=has_i[:, None] & in_p[None, :], other=0.0)
         gradient = tl.dot(dy, x, input_precision=PRECISION)
-        if NEAR == 0:
-            between = tl.load(far_sums + at + middle)
-            there = tl.load(FAR + at + j, mask=has_j, other=0.0)
-            gradient *= decay(sign * (tl.load(far_sums + at + i, mask=has_i, other=0.0) - between))[:, None]
-            both = gradient * products
-            gradient *= there[None, :]
+        if ITSELF == 0:
+            there = tl.where(
+                has_i, sign * tl.load(SUM + towards + at + i, mask=has_i, other=0.0), -float("inf")
+            )
+            here = tl.where(
+                has_j, sign * tl.load(STEPPED + towards + at + j, mask=has_j, other=0.0), float("inf")
+            )
+            gradient *= tl.exp2(there[:, None] - here[None, :])
             summed += gradient
-            tl.store(ROWS + at + i, tl.sum(gradient * products, 1), mask=has_i)
-            to_middle = decay(sign * (between - tl.load(far_sums + at + j, mask=has_j, other=0.0)))
-            tl.store(columns + at + j, tl.sum(both, 0) * to_middle, mask=has_j)
+            weighted = gradient * products
+            tl.store(ROWS + (zero + of_columns) * plane + at + i, tl.sum(weighted, 1), mask=has_i)
+            tl.store(COLUMNS + (zero + of_rows) * plane + at + j, tl.sum(weighted, 0), mask=has_j)
         else:
-            on_diagonal = i[:, None] == j[None, :]
             itself = tl.sum(tl.where(on_diagonal, gradient, 0.0), 1)
             tl.store(DIAGONAL + at + i, itself, mask=has_i)
             tl.store(DIAGONAL + plane + at + i, itself * products_itself, mask=has_i)
             not_before = i[:, None] >= j[None, :]
             if FORWARD:
-                sum_i = tl.load(SUM + forward + at + i, mask=has_i, other=0.0)
-                sum_j = tl.load(SUM + forward + at + j, mask=has_j, other=0.0)
-                exponent = sum_i[:, None] - sum_j[None, :]
-                steps = tl.load(STEP + step_forward + at + j, mask=has_j, other=0.0)[None, :]
+                there = tl.load(SUM + at + i, mask=has_i, other=-float("inf"))
+                here = tl.load(STEPPED + at + j, mask=has_j, other=float("inf"))
+                exponent = there[:, None] - here[None, :]
             if REVERSE:
-                sum_i = tl.load(SUM + reverse + at + i, mask=has_i, other=0.0)
-                sum_j = tl.load(SUM + reverse + at + j, mask=has_j, other=0.0)
-                reverse_steps = tl.load(STEP + step_reverse + at + j, mask=has_j, other=0.0)[None, :]
+                there = tl.load(SUM + reverse + at + i, mask=has_i, other=float("inf"))
+                here = tl.load(STEPPED + reverse + at + j, mask=has_j, other=-float("inf"))
                 if FORWARD:
-                    exponent = tl.where(not_before, exponent, sum_j[None, :] - sum_i[:, None])
-                    steps = tl.where(not_before, steps, reverse_steps)
+                    exponent = tl.where(not_before, exponent, here[None, :] - there[:, None])
+                    twice += itself * tl.load(STEP + step_reverse + at + i, mask=has_i, other=0.0)
                 else:
-                    exponent = sum_j[None, :] - sum_i[:, None]
-                    steps = reverse_steps
-            gradient *= decay(exponent)
+                    exponent = here[None, :] - there[:, None]
+            gradient *= tl.exp2(exponent)
             if FORWARD + REVERSE == 1:
                 gradient = tl.where(not_before if FORWARD else i[:, None] <= j[None, :], gradient, 0.0)
-            else:  # the diagonal is of both directions
-                summed += tl.where(on_diagonal, gradient * reverse_steps, 0.0)
-            both = tl.where(on_diagonal, 0.0, gradient * products)
-            gradient *= steps
             summed += gradient
-            stepped = both * steps
+            weighted = gradient * products
+            of_forward = tl.where(i[:, None] > j[None, :], weighted, 0.0)
+            of_reverse = tl.where(not_before, 0.0, weighted)
+            rows = ROWS + at + i
+            columns = COLUMNS + at + j
             if FORWARD + REVERSE == 2:
-                of_forward, of_reverse = tl.reduce(
-                    (tl.where(not_before, both, 0.0), tl.where(not_before, 0.0, both)), 0, _added
-                )
-                tl.store(columns + plane + at + j, of_forward, mask=has_j)
-                tl.store(columns + (zero + 2) * plane + at + j, of_reverse, mask=has_j)
-                of_forward, of_reverse = tl.reduce(
-                    (tl.where(not_before, stepped, 0.0), tl.where(not_before, 0.0, stepped)), 1, _added
-                )
-                tl.store(ROWS + plane + at + i, of_forward, mask=has_i)
-                tl.store(ROWS + (zero + 2) * plane + at + i, of_reverse, mask=has_i)
+                to_rows, to_rows_reverse = tl.reduce((of_forward, of_reverse), 1, _added)
+                to_columns, to_columns_reverse = tl.reduce((of_forward, of_reverse), 0, _added)
+                tl.store(rows + (zero + of_rows) * plane, to_rows, mask=has_i)
+                tl.store(rows + (zero + BLOCKS) * plane, to_rows_reverse, mask=has_i)
+                tl.store(columns + (zero + of_rows) * plane, to_columns, mask=has_j)
+                tl.store(columns + (zero + BLOCKS) * plane, to_columns_reverse, mask=has_j)
+            elif FORWARD:
+                tl.store(rows + (zero + of_rows) * plane, tl.sum(of_forward, 1), mask=has_i)
+                tl.store(columns + (zero + of_rows) * plane, tl.sum(of_forward, 0), mask=has_j)
             else:
-                tl.store(columns + (zero + 1 + REVERSE) * plane + at + j, tl.sum(both, 0), mask=has_j)
-                tl.store(ROWS + (zero + 1 + REVERSE) * plane + at + i, tl.sum(stepped, 1), mask=has_i)
+                tl.store(rows + (zero + BLOCKS) * plane, tl.sum(of_reverse, 1), mask=has_i)
+                tl.store(columns + (zero + BLOCKS) * plane, tl.sum(of_reverse, 0), mask=has_j)
         x_at += x_head
         g_at += g_head
         at += length
-    to = PAIRS + (chunk_group * Q + i[:, None]) * Q + j[None, :]
-    tl.store(to, summed.to(PAIRS.dtype.element_ty))
+    if ITSELF:  # in both directions a position sees itself twice
+        summed += tl.where(on_diagonal, twice[:, None], 0.0)
+    tl.store(pairs_at, summed.to(PAIRS.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=OF_LENGTH)
@@ -258,14 +262,13 @@ def ssd_step_gradient(
     SEPARATE_DT: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of dt of one chunk and head, and the chunk's part of that of the bias and of A, for each direction."""
-    HALF: tl.constexpr = Q // 2
     pid = tl.program_id(0).to(tl.int64)
     chunk = pid // heads
     head = pid - chunk * heads
     batch, first, size = chunk_span(SPANS, chunk, chunks, length, Q, PACKED)
     q = tl.arange(0, Q)
+    own = q // (Q // BLOCKS)
     seen = below(q, size, EVEN)
-    late = q >= HALF
     row = (batch * heads + head) * length + first + q
     zero = pid * 0  # an int64, for offsets of several planes
     diagonal = tl.load(DIAGONAL + plane + row, mask=seen, other=0.0)
@@ -273,28 +276,25 @@ def ssd_step_gradient(
     for direction in tl.static_range(1 - FORWARD, 1 + REVERSE):
         index = direction - (1 - FORWARD)
         step = tl.load(STEP + index * SEPARATE_STEP * plane + row, mask=seen, other=0.0)
-        # What the other half adds is of the forward direction to outputs of the second half and inputs of the first.
-        if direction == 0:
-            far_row, far_column = seen & late, seen & (q < HALF) & (size > HALF)
-        else:
-            far_row, far_column = seen & (q < HALF) & (size > HALF), seen & late
-        rows = tl.load(ROWS + row, mask=far_row, other=0.0)
-        rows += tl.load(ROWS + (zero + 1 + direction) * plane + row, mask=seen, other=0.0)
-        columns = tl.zeros([Q], tl.float32)
+        rows = tl.zeros([Q], tl.float32)
+        weighted = tl.zeros([Q], tl.float32)
         for block in tl.static_range(BLOCKS):
-            # A block of rows past the end of the chunk wrote nothing.
-            i0 = block * (HALF // BLOCKS)
-            from_far = far_column & (tl.where(late, 0, HALF) + i0 < size)
-            from_near = seen & (tl.where(late, HALF, 0) + i0 < size)
-            columns += tl.load(COLUMNS + (zero + block * 3) * plane + row, mask=from_far, other=0.0)
-            at = COLUMNS + (zero + block * 3 + 1 + direction) * plane + row
-            columns += tl.load(at, mask=from_near, other=0.0)
+            # Forward: rows from blocks up to their own, columns from their own on. One past the end wrote nothing.
+            written = seen & (block * (Q // BLOCKS) < size)
+            of_rows = (own >= block) if direction == 0 else (own < block)
+            of_columns = (own <= block) if direction == 0 else (own > block)
+            rows += tl.load(ROWS + (zero + block) * plane + row, mask=written & of_rows, other=0.0)
+            weighted += tl.load(COLUMNS + (zero + block) * plane + row, mask=written & of_columns, other=0.0)
+        if direction == 1:
+            rows += tl.load(ROWS + (zero + BLOCKS) * plane + row, mask=seen, other=0.0)
+            weighted += tl.load(COLUMNS + (zero + BLOCKS) * plane + row, mask=seen, other=0.0)
+        columns = weighted / tl.maximum(step, LEAST_STEP)
         out = tl.load(CARRIED + direction * plane + row, mask=seen, other=0.0)
         into = tl.load(CARRIED + (zero + 2 + direction) * plane + row, mask=seen, other=0.0)
         total = tl.load(TOTAL + index * totals + pid)
         across = tl.load(INNER + direction * totals + pid) * decay(total)
         carried = step * into
-        inside = rows - step * columns
+        inside = rows - weighted
         if direction == 0:
             exponent = tl.cumsum(inside + out, 0, reverse=True) + tl.cumsum(carried, 0) - carried + across
         else:

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_STEP = tl.constexpr(1e-20)
+"""Stands for smaller step sizes, zero among them, where they are a factor: it can be divided out again."""
 OF_LENGTH = (
     "length chunks totals blocks final_plane left right forward reverse step_left step_right step_forward step_reverse "
     "total_left total_right"
@@ -99,6 +101,7 @@ def ssd_steps(
         if SOFTPLUS:
             step = softplus(step)
         step = tl.where(seen, step, 0.0)
+        weight = tl.maximum(step, LEAST_STEP)
         a = (
             tl.load(A + h * a_head + direction * a_direction, mask=h < heads, other=0.0).to(tl.float32)
             * LOG2E
@@ -110,14 +113,14 @@ def ssd_steps(
             first_late = tl.sum(tl.where(q[:, None] == HALF, sums, 0.0), 0)[None, :]
             far = tl.where(early, decay(last_early - sums) * step, far)
             far_adjoint = tl.where(early, far_adjoint, decay(sums - first_late))
-            stepped = sums - tl.log2(tl.where(step == 0.0, 1e-38, step))
+            stepped = sums - tl.log2(weight)
         else:
             sums -= exponent
             last_early = tl.sum(tl.where(q[:, None] == HALF - 1, sums, 0.0), 0)[None, :]
             first_late = tl.sum(tl.where(q[:, None] == HALF, sums, 0.0), 0)[None, :]
             far = tl.where(early, far, decay(sums - first_late) * step)
             far_adjoint = tl.where(early, decay(last_early - sums), far_adjoint)
-            stepped = sums + tl.log2(tl.where(step == 0.0, 1e-38, step))
+            stepped = sums + tl.log2(weight)
         tl.store(SUM + index * plane + to, sums, mask=seen)
         tl.store(STEPPED + index * plane + to, stepped, mask=seen)
         tl.store(TOTAL + index * totals + chunk * heads + h, tl.sum(exponent, 0), mask=h < heads)
@@ -171,9 +174,9 @@ def ssd_states(
     to = LOCAL + (pid * P + p[:, None]) * N + n[None, :]
     kept = in_p[:, None] & in_n[None, :]
     if LEFT:
-        tl.store(to, to_right, mask=kept)
+        tl.store(to, to_right.to(LOCAL.dtype.element_ty), mask=kept)
     if RIGHT:
-        tl.store(to + LEFT * plane, to_left, mask=kept)
+        tl.store(to + LEFT * plane, to_left.to(LOCAL.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=OF_LENGTH)
@@ -213,7 +216,7 @@ def ssd_pass(
     for c in tl.range(0, count, num_stages=STAGES):
         chunk = start + c * stride
         at = index * plane + (chunk * heads + head) * size + i
-        new = tl.load(LOCAL + at, mask=seen, other=0.0)
+        new = tl.load(LOCAL + at, mask=seen, other=0.0).to(tl.float32)
         total = tl.load(totals + chunk * heads)
         tl.store(CARRY + at, state.to(CARRY.dtype.element_ty), mask=seen)
         state = decay(total) * state + new

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from genossm.kernels import backend as backends
-from genossm.kernels import ssd_launch, ssd_tiles, ssd_triton
+from genossm.kernels import ssd_plan, ssd_tiles, ssd_triton
 from genossm.kernels.ssd import ssd
 
 FLOAT32 = 1e-5
@@ -49,7 +49,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(tiles, states=replace(tiles.states, rows=16), near=narrow, far=narrow, keys=keys)
 
     monkeypatch.setattr(ssd_triton, "tiles_for", tiles_for)
-    monkeypatch.setattr(ssd_launch, "PROGRAMS", 1)
+    monkeypatch.setattr(ssd_triton, "_plans", {})
+    monkeypatch.setattr(ssd_plan, "PROGRAMS", 1)
 
 
 def make(

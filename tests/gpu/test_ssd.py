@@ -289,7 +289,8 @@ def test_in_a_cuda_graph(length: int) -> None:
     def forward_and_gradient() -> list[Tensor]:
         results = scan(inputs, "both")
         cotangents = [torch.ones_like(result) for result in results]
-        return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+        gradients = torch.autograd.grad(results, leaves, cotangents)
+        return [*(result.detach() for result in results), *gradients]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -344,6 +345,7 @@ class Mixer(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
 def test_through_compile_checkpoint_and_autocast() -> None:
     torch.manual_seed(0)
     module = Mixer().cuda()
