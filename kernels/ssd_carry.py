@@ -1,4 +1,4 @@
-"""How the chunks of an SSD scan hand their states on: one matrix product for every 64 chunks.
+"""How the chunks of an SSD scan hand their states on: one after the other on a CPU, elsewhere one matrix product for every 64.
 
 Letters: b batch, n chunks, h heads, s state, p head_dim. States here are flat: f = s * p.
 """
@@ -6,6 +6,8 @@ Letters: b batch, n chunks, h heads, s state, p head_dim. States here are flat: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,10 @@ def carry_states(
         log_decay: (b, n, h), each chunk's whole decay, of float64 where it can be.
         initial: (b, h, s, p), or None for zeros.
     """
+    if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        decay = torch.exp(log_decay).to(states.dtype)
+        before, final = _OneByOne.apply(states, decay, initial, None, reverse)  # type: ignore[no-untyped-call]
+        return before, final
     if reverse:
         states, log_decay = states.flip(1), log_decay.flip(1)
     shape = states.shape
@@ -50,6 +56,10 @@ def carry_packed_states(
     Returns:
         (1, n, h, s, p), and the final states (sequences, h, s, p).
     """
+    if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        decay = torch.exp(log_decay).to(states.dtype)
+        before, final = _OneByOne.apply(states, decay, initial, tuple(counts), reverse)  # type: ignore[no-untyped-call]
+        return before, final
     number = len(counts)
     if reverse:
         states, log_decay = states.flip(1), log_decay.flip(1)
@@ -99,3 +109,65 @@ def _passed(added: Tensor, log_decay: Tensor, sequence: Tensor | None) -> Tensor
         after.append(passed if carry is None else passed[:, :, 1:])
         carry = passed[:, :, -1:]
     return torch.cat(after, 2)
+
+
+class _OneByOne(torch.autograd.Function):
+    """Chunk after chunk: each step is one operation on one chunk's states, forward and for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        decay: Tensor,
+        initial: Tensor | None,
+        counts: tuple[int, ...] | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        before = torch.empty_like(states, memory_format=torch.contiguous_format)
+        sequences = states.shape[0] if counts is None else len(counts)
+        final = states.new_empty(sequences, *states.shape[2:])
+        for sequence, order in _orders(states.shape[1], counts, reverse):
+            if initial is None:
+                before[:, order[0]].zero_()
+            else:
+                before[:, order[0]] = initial[sequence]
+            following = [*(before[:, chunk] for chunk in order[1:]), final[sequence]]
+            for chunk, after in zip(order, following, strict=True):
+                factor = decay[:, chunk, :, None, None]
+                torch.addcmul(states[:, chunk], factor, before[:, chunk], out=after)
+        ctx.save_for_backward(decay, before)
+        ctx.options = (initial is not None, counts, reverse)
+        return before, final
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        decay, before = ctx.saved_tensors
+        with_initial, counts, reverse = ctx.options
+        of_before, of_final = gradients
+        of_states = torch.empty_like(before)
+        of_initial = torch.empty_like(of_final)
+        for sequence, order in _orders(before.shape[1], counts, reverse):
+            of_states[:, order[-1]] = of_final[sequence]
+            backwards = order[::-1]
+            preceding = [*(of_states[:, chunk] for chunk in backwards[1:]), of_initial[sequence]]
+            for chunk, earlier in zip(backwards, preceding, strict=True):
+                factor = decay[:, chunk, :, None, None]
+                torch.addcmul(of_before[:, chunk], factor, of_states[:, chunk], out=earlier)
+        of_decay = torch.linalg.vecdot(of_states.flatten(-2), before.flatten(-2))
+        return of_states, of_decay, of_initial if with_initial else None, None, None
+
+
+def _orders(chunks: int, counts: tuple[int, ...] | None, reverse: bool) -> list[tuple[slice, list[int]]]:
+    """For each sequence, or all rows of a batch at once: which rows of final states are its own, and its chunks in order."""
+    if counts is None:
+        spans = [(slice(None), 0, chunks)]
+    else:
+        ends = list(accumulate(counts))
+        spans = [
+            (slice(i, i + 1), end - count, end)
+            for i, (end, count) in enumerate(zip(ends, counts, strict=True))
+        ]
+    return [
+        (rows, list(range(end - 1, first - 1, -1) if reverse else range(first, end)))
+        for rows, first, end in spans
+    ]

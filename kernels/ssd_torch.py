@@ -10,8 +10,7 @@ where it costs nothing that could be measured, the sums are of float64: a step o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +81,7 @@ def ssd_chunked(
             run(_added_states, *block, A_direction, reverse)
             for block in zip(x_blocks, dt_blocks, B_blocks, strict=True)
         ]
-        states, log_decay = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        states, log_decay = (_joined(part) for part in zip(*parts, strict=True))
         start_bhsp = None if start is None else start.to(states.dtype).transpose(-1, -2)
         if counts is None:
             before, final = carry_states(states, log_decay, start_bhsp, reverse=reverse)
@@ -99,8 +98,13 @@ def ssd_chunked(
         ]
         flat = [item for scan in scans for item in scan]
         outputs.append(run(_outputs, x_i, B_i, C_i, D, shared, *flat))
-    y = torch.cat(outputs, 1).flatten(1, 2)[:, :length]
+    y = _joined(outputs).flatten(1, 2)[:, :length]
     return y, (finals[0], finals[1])
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks of chunks one after the other; a single one as it is."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), 1)
 
 
 def _kept(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -138,6 +142,47 @@ def _added_states(
     return states.flatten(2, 3), total[..., 0]
 
 
+class _DecayMatrix(torch.autograd.Function):
+    """The decay from each position (columns) to each (rows) of a chunk, (b, n, h, q, q), zero where the scan does not go.
+
+    From sums with and without the position itself, (b, n, h, q), which are kept in their own precision until they are
+    subtracted. For `both`, below the diagonal the forward scan and above it the reverse one; the diagonal belongs to
+    both, and is 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inclusive: Tensor, exclusive: Tensor, direction: str, dtype: torch.dtype) -> Tensor:
+        weights = torch.empty(*inclusive.shape, inclusive.shape[-1], dtype=dtype, device=inclusive.device)
+        if direction == "reverse":
+            torch.sub(exclusive[..., None, :], exclusive[..., :, None], out=weights).exp_().triu_()
+        else:
+            torch.sub(inclusive[..., :, None], inclusive[..., None, :], out=weights).exp_().tril_()
+        if direction == "both":
+            weights += (
+                torch.sub(exclusive[..., None, :], exclusive[..., :, None], out=torch.empty_like(weights))
+                .exp_()
+                .triu_()
+            )
+        ctx.save_for_backward(weights)
+        ctx.direction, ctx.sums_dtype = direction, inclusive.dtype
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (weights,) = ctx.saved_tensors
+        pairs = gradients[0] * weights
+
+        def of(part: Tensor, sign: int) -> Tensor:
+            by_row, by_column = (part.sum(axis, dtype=ctx.sums_dtype) for axis in (-1, -2))
+            return (by_row - by_column) * sign
+
+        if ctx.direction == "both":
+            return of(pairs.tril(-1), 1), of(pairs.triu(1), -1), None, None
+        if ctx.direction == "reverse":
+            return None, of(pairs, -1), None, None
+        return of(pairs, 1), None, None, None
+
+
 def _outputs(
     x_bnqhp: Tensor, B_bnqgs: Tensor, C_bnqgs: Tensor, D: Tensor | None, shared: bool, *scans: Any
 ) -> Tensor:
@@ -152,7 +197,6 @@ def _outputs(
     x = x_bnqhp.to(accumulate)
     C_bngqs = C_bnqgs.to(accumulate).transpose(2, 3)
     scores_bngqq = C_bngqs @ B_bnqgs.to(accumulate).permute(0, 1, 3, 4, 2)
-    ones = torch.ones(size, size, dtype=torch.bool, device=x.device)
     mixing: Tensor | None = None
     between: Tensor | None = None
     x_dt, one_dt = x, shared or len(scans) == 4  # else each direction's dt goes to its weights
@@ -165,18 +209,9 @@ def _outputs(
         between = carried if between is None else between + carried
         if shared and reverse:
             continue
-        exponent = inclusive[..., :, None] - inclusive[..., None, :]
-        if reverse or shared:
-            backward = exclusive[..., None, :] - exclusive[..., :, None]
-            exponent = torch.where(ones.tril(), exponent, backward) if shared else backward
-        exponent = exponent.to(accumulate)
-        if (
-            shared
-        ):  # below the diagonal the forward scan, above it the reverse one; the diagonal belongs to both
-            exponent += math.log(2) * torch.eye(size, dtype=accumulate, device=x.device)
-        else:
-            exponent = exponent.masked_fill(ones.tril(-1) if reverse else ones.triu(1), -torch.inf)
-        weights = torch.exp(exponent)
+        weights = _DecayMatrix.apply(
+            inclusive, exclusive, "both" if shared else "reverse" if reverse else "forward", accumulate
+        )  # type: ignore[no-untyped-call]
         if one_dt:
             x_dt = x * dt_bnqh.to(accumulate)[..., None]
         else:
