@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,35 @@ class ModelConfig:
     Attributes:
         encoder: stem and layers.
         head_hidden: hidden width of the heads.
+        reverse_complement: how predictions come to agree on both strands. `none`: not at all, one strand is read.
+            `augment`: training flips half of the windows, and `predict` averages both strands. `shared`: exactly, by
+            one network that reads both strands whenever it runs, at twice the compute of `none`.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head_hidden: int = 256
+    reverse_complement: Literal["none", "augment", "shared"] = "augment"
+
+    def __post_init__(self) -> None:
+        if self.head_hidden < 1:
+            raise ValueError(f"head_hidden is {self.head_hidden}; it must be at least 1")
+        if self.reverse_complement not in ("none", "augment", "shared"):
+            raise ValueError(
+                f"reverse_complement is {self.reverse_complement!r}; allowed are 'none', 'augment' and 'shared'"
+            )
 
 
 class AccessibilityModel(nn.Module):
     """DNA to one number per bin and track.
+
+    With `reverse_complement: shared`, the encoder and the heads h read the tokens x and their reverse complement Rx,
+    stacked along the batch, and the raw outputs (logits, log rates, standard scores) are
+
+        y(x) = (h(x) + S h(Rx)) / 2
+
+    where S turns the bins round and swaps stranded partners: y(Rx) = S y(x) whatever the weights. An output of a pair
+    reads its own strand with its own row of the heads and the other strand with its partner's, of which the pair
+    y+ = g(x), y- = S g(Rx) of Caduceus-PS (Schiff et al. 2024, section 4) is a special case.
 
     Attributes:
         tracks: what each output is, in order.
@@ -59,27 +80,40 @@ class AccessibilityModel(nn.Module):
         self.tracks = tuple(tracks)
         self.bin_bp = self.encoder.bin_bp
         self.window_bp, self.margin_bp, self.assembly = window_bp, margin_bp, assembly
-        self.equivariant = False
+        self.equivariant = config.reverse_complement == "shared"
         self.threshold = dict(threshold or {})
         self.provenance = dict(provenance or {})
 
+    @property
+    def strands(self) -> Literal["forward", "averaged", "equivariant"]:
+        """What `predict` gives: the strand as it is read, the mean over both, or what is the same on both."""
+        if self.equivariant:
+            return "equivariant"
+        return "forward" if self.config.reverse_complement == "none" else "averaged"
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Raw outputs (batch, length / bin, tracks), float32, of tokens (batch, length) in {0..3 = ACGT, 4 = none}."""
-        raw: Tensor = self.heads(self.encoder(tokens))
-        return raw
+        """Raw outputs (batch, length / bin, tracks) of tokens (batch, length) in {0..3 = ACGT, 4 = none}.
+
+        float32, or float64 in a float64 model.
+        """
+        strands = torch.cat([tokens, reverse_complement(tokens)]) if self.equivariant else tokens
+        raw: Tensor = self.heads(self.encoder(strands))
+        if not self.equivariant:
+            return raw
+        own, other = raw.tensor_split(2)
+        return (own + self.heads.other_strand(other)) / 2
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """Probabilities (peaks) or expected values per bin (signal): (batch, length / bin, tracks), float32.
+        """Probabilities (peaks) or expected values per bin (signal): (batch, length / bin, tracks), as `forward`.
 
-        The mean over both strands, unless the model is equivariant. `length` is a multiple of the bin; margins are
-        not cropped.
+        With `augment` the mean over both strands. `length` is a multiple of the bin; margins are not cropped.
         """
         values = self.heads.values(self(tokens))
-        if self.equivariant:
+        if self.strands != "averaged":
             return values
         other = self.heads.values(self(reverse_complement(tokens)))
-        return (values + other.flip(1)) / 2
+        return (values + self.heads.other_strand(other)) / 2
 
 
 def reverse_complement(tokens: Tensor) -> Tensor:

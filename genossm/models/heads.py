@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genossm.kernels.arguments import accumulation
+from genossm.strands import Strand, check_strand, partner_columns
+
 MAX_LOG_RATE = 15.0
 """Log rates above this are cut: e^15 times a track's mean is beyond any signal, and stays finite in float32."""
 
@@ -27,6 +30,7 @@ class TrackHead:
         loss: `bce` for peaks; `poisson` (Poisson-multinomial) or `mse` for signal.
         aggregate: how a bin's value is made from its bases (`sum`, `mean`, `max`): the unit of predictions.
         mean, std: of the track's training bins; outputs are relative to them. Not used for peaks.
+        strand, partner: of a stranded pair, "+" or "-" and the name of the track of the other strand.
     """
 
     name: str
@@ -35,8 +39,11 @@ class TrackHead:
     aggregate: str = "mean"
     mean: float = 1.0
     std: float = 1.0
+    strand: Strand = "."
+    partner: str | None = None
 
     def __post_init__(self) -> None:
+        check_strand(self)
         if (self.kind == "peaks") != (self.loss == "bce"):
             raise ValueError(
                 f"track {self.name!r} of kind {self.kind} has loss {self.loss!r}; peaks take bce, signal poisson or mse"
@@ -52,11 +59,18 @@ class TrackHead:
 
 
 class TrackHeads(nn.Module):
-    """Features (batch, bins, width) to raw outputs (batch, bins, tracks): logits, log rates or standard scores."""
+    """Features (batch, bins, width) to raw outputs (batch, bins, tracks): logits, log rates or standard scores.
+
+    Raises:
+        ValueError: partners do not name each other, or are not alike in what they mean.
+    """
 
     def __init__(self, tracks: Sequence[TrackHead], width: int, *, hidden: int, dropout: float) -> None:
         super().__init__()
         self.tracks = tuple(tracks)
+        self.partners = partner_columns(self.tracks)
+        for track, column in zip(self.tracks, self.partners, strict=True):
+            _check_alike(track, self.tracks[column])
         self.hidden = nn.Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, len(self.tracks))
@@ -65,7 +79,15 @@ class TrackHeads(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         raw: Tensor = self.output(self.dropout(F.gelu(self.hidden(x_BLD))))
-        return raw.float()
+        return raw.to(accumulation(raw.dtype))
+
+    def other_strand(self, outputs_BLT: Tensor) -> Tensor:
+        """Outputs or values of the reverse complement as those of the strand itself: bins back, partners swapped."""
+        flipped = outputs_BLT.flip(1)
+        if all(column == index for index, column in enumerate(self.partners)):
+            return flipped
+        columns = flipped.unbind(-1)  # an index tensor would be a buffer, which an average of weights spoils
+        return torch.stack([columns[column] for column in self.partners], -1)
 
     def values(self, raw_BLT: Tensor) -> Tensor:
         """Raw outputs as what they mean: probabilities (peaks), expected values in the track's unit (signal)."""
@@ -105,6 +127,16 @@ class TrackHeads(nn.Module):
                 )
             losses.append(loss / bins[index])
         return torch.stack(losses)
+
+
+def _check_alike(track: TrackHead, other: TrackHead) -> None:
+    for name in ("kind", "loss", "aggregate", "mean", "std"):
+        mine, its = getattr(track, name), getattr(other, name)
+        if mine != its:
+            raise ValueError(
+                f"tracks {track.name!r} and {other.name!r} are partners and differ in {name} ({mine} and {its}); "
+                "partners swap places on the other strand, so give both the same"
+            )
 
 
 def _poisson_multinomial(

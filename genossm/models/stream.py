@@ -1,0 +1,183 @@
+"""An encoder over a long sequence, chunk by chunk and layer by layer, with the result of one pass.
+
+A layer runs over the whole sequence before the next one begins: its recurrent mixer sweeps from right to left for the
+states that enter each chunk from its right, then all that the layer does goes from left to right. Between layers the
+features wait in a `ChunkStore`; what the device holds is one chunk with its halo, and what the layer makes of it.
+
+Letters: B batch, L length in trunk bins, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from genossm.models.mixers.mixer import Mixer, State
+
+if TYPE_CHECKING:
+    from genossm.models.encoder import Encoder, Layer
+
+Keep = Literal["cpu", "device"]
+Read = Callable[[int, int], Tensor]
+
+
+class ChunkStore:
+    """The features of a sequence (batch, length, width) in chunks of equal length, of which the last may be shorter.
+
+    Args:
+        length: bins of the sequence.
+        chunk: bins of a chunk.
+        kept_on, used_on: the devices where chunks wait, and where they are handed out.
+    """
+
+    def __init__(self, length: int, chunk: int, *, kept_on: torch.device, used_on: torch.device) -> None:
+        self.length, self.chunk = length, chunk
+        self.kept_on, self.used_on = kept_on, used_on
+        self._chunks: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many chunks the sequence has, stored or not."""
+        return -(-self.length // self.chunk)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """The first bin of a chunk and the one after its last."""
+        return index * self.chunk, min((index + 1) * self.chunk, self.length)
+
+    def put(self, index: int, x_BLD: Tensor) -> None:
+        """Keep the features of a chunk in place of those it had."""
+        self._chunks[index] = x_BLD.to(self.kept_on).contiguous()
+
+    def get(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """The features of a chunk, from `start` to `stop` within it."""
+        return self._chunks[index][:, start:stop].to(self.used_on)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The features of the bins from `start` < `stop` on, whatever chunks they are in."""
+        parts = []
+        for index in range(start // self.chunk, -(-stop // self.chunk)):
+            first, last = self.bounds(index)
+            parts.append(self.get(index, max(start, first) - first, min(stop, last) - first))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def stream(
+    encoder: Encoder, tokens: Tensor | Read, *, chunk_bp: int, length: int | None = None, keep: Keep = "cpu"
+) -> Iterator[tuple[int, Tensor]]:
+    """See `Encoder.stream`."""
+    if encoder.training:
+        raise ValueError(
+            "the encoder is in training mode, in which batch statistics and dropout differ from chunk to chunk; "
+            "call eval() first"
+        )
+    if keep not in ("cpu", "device"):
+        raise ValueError(f"keep is {keep!r}; allowed are 'cpu' and 'device'")
+    for mixer in encoder.mixers():
+        _ = mixer.halo  # one that cannot stream refuses here
+    trunk_bp = encoder.trunk_bp
+    if chunk_bp < 1 or chunk_bp % trunk_bp:
+        raise ValueError(f"chunk_bp is {chunk_bp}; it must be a multiple of the trunk's bin of {trunk_bp} bp")
+    if isinstance(tokens, Tensor) == (length is not None):
+        raise ValueError("give `length` with a function that reads tokens, and only then")
+    length = tokens.shape[1] if isinstance(tokens, Tensor) else length
+    assert length is not None
+    if length < 1 or length % trunk_bp:
+        raise ValueError(
+            f"the length {length} is no multiple of the bin of {trunk_bp} bp; pad the end with code 4"
+        )
+    device = encoder.norm.weight.device
+    kept_on = torch.device("cpu") if keep == "cpu" else device
+    store = ChunkStore(length // trunk_bp, chunk_bp // trunk_bp, kept_on=kept_on, used_on=device)
+    return _stream(encoder, _reader(tokens, device), store)
+
+
+@torch.no_grad()
+def _stream(encoder: Encoder, read: Read, store: ChunkStore) -> Iterator[tuple[int, Tensor]]:
+    for index in range(len(store)):
+        store.put(index, _stem(encoder, read, store, *store.bounds(index))[0])
+    for layer in encoder.layers:
+        _run(cast("Layer", layer), store)
+    for index in range(len(store)):
+        start, stop = store.bounds(index)
+        if encoder.decoder is None:
+            yield start, encoder.norm(store.get(index))
+            continue
+        halo = encoder.decoder.halo
+        first, last = max(0, start - halo), min(store.length, stop + halo)
+        _, finer = _stem(encoder, read, store, first, last, encoder.decoder.finer)
+        decoded_BLD = encoder.decoder(encoder.norm(store.read(first, last)), finer)
+        factor = encoder.trunk_bp // encoder.bin_bp
+        yield start * factor, decoded_BLD[:, (start - first) * factor : (stop - first) * factor]
+
+
+def _stem(
+    encoder: Encoder, read: Read, store: ChunkStore, start: int, stop: int, finer: Collection[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `ConvStem.with_finer` has for the trunk bins from `start` to `stop` when it sees the whole sequence."""
+    stem, bin_bp = encoder.stem, encoder.trunk_bp
+    first = max(0, start * bin_bp - stem.halo_bp)
+    last = min(store.length * bin_bp, stop * bin_bp + stem.halo_bp)
+    x_BLD, found = stem.with_finer(read(first, last), finer)
+    before, bins = start - first // bin_bp, stop - start
+    cut = {
+        fine: tensor[..., before * bin_bp // fine : (before + bins) * bin_bp // fine]
+        for fine, tensor in found.items()
+    }
+    return x_BLD[:, before : before + bins], cut
+
+
+def _run(layer: Layer, store: ChunkStore) -> None:
+    """One layer over all chunks, in place."""
+    mixer = layer.mixer
+    entering = _leftward(layer, store) if mixer.recurrent else {}
+    state: State | None = None
+    behind_BLD: Tensor | None = (
+        None  # the layer's input on the left, of which the store has the output already
+    )
+    for index in range(len(store)):
+        start, stop = store.bounds(index)
+        right = min(mixer.halo[1], store.length - stop)
+        x_BLD = store.read(start, stop + right)
+        if behind_BLD is not None:
+            x_BLD = torch.cat([behind_BLD, x_BLD], 1)
+        left = 0 if behind_BLD is None else behind_BLD.shape[1]
+        done = left + stop - start
+        from_right = _moved(entering.pop(index, None), store.used_on)
+        mixed_BLD, state = mixer.mix(layer.mixer_norm(x_BLD), left, right, state, from_right)
+        behind_BLD = x_BLD[:, max(0, done - mixer.halo[0]) : done].clone()
+        store.put(index, layer.joined(x_BLD[:, left:done], mixed_BLD))
+
+
+def _leftward(layer: Layer, store: ChunkStore) -> dict[int, State | None]:
+    """The state that enters each chunk but the last from its right, where the store keeps chunks."""
+    mixer: Mixer = layer.mixer
+    entering: dict[int, State | None] = {}
+    state: State | None = None
+    for index in range(len(store) - 1, 0, -1):
+        start, stop = store.bounds(index)
+        left, right = min(mixer.halo[0], start), min(mixer.halo[1], store.length - stop)
+        x_BLD = layer.mixer_norm(store.read(start - left, stop + right))
+        state = mixer.leftward(x_BLD, left, right, state)
+        entering[index - 1] = _moved(state, store.kept_on)
+    return entering
+
+
+def _moved(state: State | None, device: torch.device) -> State | None:
+    return None if state is None else tuple(tensor.to(device) for tensor in state)
+
+
+def _reader(tokens: Tensor | Read, device: torch.device) -> Read:
+    """Tokens (batch, end - start) of a part of the sequence, on the device."""
+
+    def read(start: int, end: int) -> Tensor:
+        part = tokens[:, start:end] if isinstance(tokens, Tensor) else tokens(start, end)
+        if part.dim() != 2 or part.shape[1] != end - start:
+            raise ValueError(
+                f"the tokens from {start} to {end} came in the shape {tuple(part.shape)}; "
+                f"(batch, {end - start}) is needed"
+            )
+        return part.to(device)
+
+    return read
