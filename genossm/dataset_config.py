@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from genossm.config import apply_overrides, build, load_yaml
 from genossm.errors import ConfigError
+from genossm.strands import Strand, check_strand, partner_columns
 from genossm.windows import check_geometry
 
 SPLITS = ("train", "valid", "test")
@@ -29,7 +30,8 @@ class TrackConfig:
     `aggregate` says how the bases of a bin become its number (signal only); `missing` whether a base absent
     from the bigWig is 0 or masked (signal only); `overlap` the least share of a bin's bases that must lie in
     a peak (peaks only); `loss` overrides the loss of a signal head: Poisson (the default of the model) or
-    mean squared error.
+    mean squared error. The two tracks of a stranded assay give their `strand` and each other's name as `partner`:
+    on the reverse complement they swap places.
     """
 
     name: str
@@ -39,8 +41,11 @@ class TrackConfig:
     missing: Literal["zero", "mask"] = "zero"
     overlap: float = 0.5
     loss: Literal["mse", "poisson"] | None = None
+    strand: Strand = "."
+    partner: str | None = None
 
     def __post_init__(self) -> None:
+        check_strand(self)
         if not _TRACK_NAME.fullmatch(self.name):
             raise ValueError(
                 f"track name {self.name!r}: it becomes a file name, so use letters, digits, '_', '-', '+' "
@@ -129,6 +134,14 @@ class DatasetConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two tracks are called {name!r}; give each its own name")
+        for track, column in zip(self.tracks, partner_columns(self.tracks), strict=True):
+            other = self.tracks[column]
+            for key in ("kind", "aggregate", "missing", "overlap", "loss"):
+                if getattr(track, key) != getattr(other, key):
+                    raise ValueError(
+                        f"tracks {track.name!r} and {other.name!r} are partners and differ in {key!r} "
+                        f"({getattr(track, key)} and {getattr(other, key)}); give both the same"
+                    )
         if self.chroms is not None and not self.chroms:
             raise ValueError(
                 "chroms is an empty list; name the chromosomes to use, or remove the key to use all"

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from genossm.dataset import PreparedDataset
 from genossm.sequence import reverse_complement
+from genossm.strands import partner_columns
 from genossm.windows import Window, tile
 
 Item = tuple[Tensor, Tensor, Tensor]
@@ -27,7 +28,8 @@ class WindowDataset(Dataset[Item]):
 
     With `augment`, an index counts on over epochs: index = epoch * len(self) + position, and the window is a pure
     function of (seed, epoch, position): its start is moved by a random whole number of bins, so that windows begin
-    anywhere, its sequence by up to `jitter_bp` against its bins, and it is reverse-complemented half of the time.
+    anywhere, its sequence by up to `jitter_bp` against its bins, and it is reverse-complemented half of the time,
+    whereby stranded partners swap their targets.
 
     Args:
         dataset: a prepared dataset or its folder.
@@ -40,7 +42,7 @@ class WindowDataset(Dataset[Item]):
         seed: of the augmentation.
 
     Raises:
-        ValueError: window and margin do not fit the bin, or the split has no window.
+        ValueError: window and margin do not fit the bin, the split has no window, or partners do not match.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class WindowDataset(Dataset[Item]):
             )
         self.augment, self.reverse_complement, self.jitter_bp = augment, reverse_complement, jitter_bp
         self.seed = seed
+        self._partners = list(partner_columns(self.dataset.tracks))
         self._windows = self._tiles(split)
         if not self._windows:
             raise ValueError(
@@ -95,7 +98,8 @@ class WindowDataset(Dataset[Item]):
         codes = self.dataset.genome.window(window.chrom, start + jitter, start + jitter + self.window_bp)
         targets, mask = self._bins(window.chrom, start)
         if flip:
-            codes, targets, mask = reverse_complement(codes), targets[::-1].copy(), mask[::-1].copy()
+            codes = reverse_complement(codes)
+            targets, mask = targets[::-1, self._partners], mask[::-1, self._partners]
         return torch.from_numpy(codes), torch.from_numpy(targets), torch.from_numpy(mask)
 
     def _tiles(self, split: str) -> list[Window]:

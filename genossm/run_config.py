@@ -26,14 +26,14 @@ class TrainConfig:
         batch_size: windows of a step.
         window_bp, margin_bp: length of training windows, where it is not the dataset's.
         learning_rate: peak rate, after a linear warm-up, then cosine decay to `final_fraction` of it.
-        ssm_rate: factor on the rate of A, dt bias and D.
-        weight_decay: AdamW's; not on A, dt bias, D, norms and biases.
+        ssm_rate: factor on the rate of the mixers' state parameters (A, dt bias, D and the like).
+        weight_decay: AdamW's; not on state parameters, norms and biases.
         beta1, beta2: AdamW's.
         warmup_fraction: part of all steps that is warm-up.
         final_fraction: the last learning rate over the peak.
         clip_norm: gradients are scaled down to this norm.
         ema_decay: decay of the running average of the weights that is validated and saved; 0 for none.
-        reverse_complement: flip half of the windows.
+        reverse_complement: flip half of the windows, where model.reverse_complement is `augment`.
         jitter_bp: move the sequence by up to this against its bins.
         total_weight: weight of the total against the shape in the loss of count tracks.
         track_weights: weight of a track in the loss, by name; 1 where not named.

@@ -68,8 +68,8 @@ def predict(
     """Predict all tracks of a model and write one bigWig per track into the folder `out`.
 
     Bin i covers [i*bin, min((i+1)*bin, chromosome length)), 0-based half-open. Values are probabilities for
-    peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged. Bins
-    of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
+    peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged unless the
+    model says otherwise (`reverse_complement` none or shared). Bins of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
     grid, so a value depends neither on the batch size (up to rounding, see `predict_windows`) nor on what
     else is predicted; regions see their context in the reference. The model computes in float32.
 
@@ -157,7 +157,7 @@ def predict(
         "genome": {"path": str(reference.path), "sha256": reference.sha256},
         "mode": mode,
         "bin_bp": network.bin_bp,
-        "strands": "equivariant" if network.equivariant else "averaged",
+        "strands": network.strands,
         "options": options,
         "batch_size": batch_size,
         "device": describe(chosen),

@@ -23,7 +23,7 @@ import numpy as np
 
 import genossm
 from genossm.atomic import write_error
-from genossm.config import apply_overrides, load_yaml, to_mapping
+from genossm.config import apply_overrides, build, load_yaml, to_mapping
 from genossm.dataset import (
     FORMAT,
     FORMAT_VERSION,
@@ -35,7 +35,7 @@ from genossm.dataset import (
 )
 from genossm.dataset_config import DatasetConfig, load_dataset_config
 from genossm.dataset_inputs import DatasetInputs, open_inputs
-from genossm.errors import DataError, FileError
+from genossm.errors import ConfigError, DataError, FileError
 from genossm.hdf5_file import create_hdf5
 from genossm.pipelines.check import Statistics
 from genossm.progress import progress, say
@@ -279,7 +279,10 @@ def _format_of(path: Path) -> object:
 
 def _unchanged(previous: dict[str, Any], config: DatasetConfig) -> bool:
     """Whether configuration and input files are those of `previous`; by hash where a file's time differs."""
-    if previous.get("config") != to_mapping(config):
+    try:  # built, so that a key that has come since counts as its default
+        if build(DatasetConfig, previous["config"], where=JSON_NAME) != config:
+            return False
+    except (KeyError, ConfigError):
         return False
     recorded = {entry["path"]: entry for entry in previous["provenance"]["inputs"]}
     stamps = _stamps(config)

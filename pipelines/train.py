@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -26,6 +27,7 @@ from genossm import checkpoint
 from genossm.atomic import atomic_write_text
 from genossm.config import apply_overrides, build, dump_yaml, load_yaml, to_mapping
 from genossm.dataset import PreparedDataset
+from genossm.dataset_config import TrackConfig
 from genossm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from genossm.loaders import EpochSampler, Item, WindowDataset
 from genossm.models.accessibility import AccessibilityModel
@@ -112,9 +114,15 @@ def train(
     )
     if model.bin_bp != data.bin_bp:
         raise ConfigError(
-            f"the model's bins are {model.bin_bp} bp and the dataset's {data.bin_bp} bp; change model.encoder.stem.pool, "
-            "or prepare the dataset with another window.bin"
+            f"the model's bins are {model.bin_bp} bp and the dataset's {data.bin_bp} bp; change model.encoder.stem.pool "
+            "(with a decoder: model.encoder.decoder.bin_bp), or prepare the dataset with another window.bin"
         )
+    for length in (training.window_bp, data.window_bp):
+        if length % model.encoder.trunk_bp:
+            raise ConfigError(
+                f"windows of {length} bp are no multiple of the {model.encoder.trunk_bp} bp that the encoder's stem makes "
+                "one position of; change train.window_bp or the dataset's window.length, or model.encoder.stem.pool"
+            )
     steps_per_epoch = len(training) // resolved.train.batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
@@ -170,15 +178,15 @@ def train(
 
 
 def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
-    """A head for each track of `dataset`, with the mean and spread of its training bins."""
+    """A head for each track of `dataset`, with the mean and spread of its training bins, partners' bins together."""
     heads = []
     for track in dataset.tracks:
-        of_training = dataset.statistics[track.name]["train"]
+        mean, std = _mean_and_spread(dataset, track)
         loss: Literal["bce", "poisson", "mse"] = "bce" if track.kind == "peaks" else track.loss or "poisson"
         try:
             heads.append(
                 TrackHead(
-                    track.name, track.kind, loss, track.aggregate, of_training["mean"], of_training["std"]
+                    track.name, track.kind, loss, track.aggregate, mean, std, track.strand, track.partner
                 )
             )
         except ValueError as error:
@@ -186,6 +194,18 @@ def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
                 f"{error}; the training chromosomes hold no such signal: check the track's file"
             ) from error
     return heads
+
+
+def _mean_and_spread(dataset: PreparedDataset, track: TrackConfig) -> tuple[float, float]:
+    """Mean and standard deviation of a track's training bins, with those of its partner where it has one."""
+    own = dataset.statistics[track.name]["train"]
+    if track.partner is None:
+        return own["mean"], own["std"]
+    both = [own, dataset.statistics[track.partner]["train"]]
+    bins = sum(part["unmasked"] for part in both) or math.nan
+    mean = sum(part["unmasked"] * part["mean"] for part in both) / bins
+    square = sum(part["unmasked"] * (part["std"] ** 2 + part["mean"] ** 2) for part in both) / bins
+    return mean, math.sqrt(max(0.0, square - mean**2))
 
 
 def _resolve(
@@ -236,7 +256,7 @@ def _windows(data: PreparedDataset, config: RunConfig) -> tuple[WindowDataset, W
             margin_bp=settings.margin_bp,
             windows_per_epoch=settings.windows_per_epoch,
             augment=True,
-            reverse_complement=settings.reverse_complement,
+            reverse_complement=settings.reverse_complement and config.model.reverse_complement == "augment",
             jitter_bp=settings.jitter_bp,
             seed=settings.seed,
         )

@@ -16,7 +16,6 @@ from genossm.errors import TrainingError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.run_config import TrainConfig
 
-SSM_PARAMETERS = ("A_log", "dt_bias", "D")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -78,7 +77,7 @@ class TrainingModule(lightning.LightningModule):
         losses = self._losses(self._cropped(self._forward(tokens), targets), targets, mask)
         loss = (losses * self.track_weights).sum()
         self.epoch_losses.append(loss.detach())
-        return loss
+        return loss + self.model.encoder.auxiliary_loss()
 
     def configure_gradient_clipping(
         self,
@@ -172,13 +171,15 @@ class TrainingModule(lightning.LightningModule):
         return raw[:, margin : margin + targets.shape[1]]
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices (decayed), vectors (not), and A, dt bias and D (not, at their own rate)."""
+def parameter_groups(model: AccessibilityModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices (decayed), norms and biases (not), and state parameters (not, at their own rate)."""
+    of_state = {f"encoder.{name}" for name in model.encoder.state_parameter_names()}
     decayed, plain, ssm = [], [], []
     for name, parameter in model.named_parameters():
-        if name.rsplit(".", 1)[-1] in SSM_PARAMETERS:
+        last = name.rsplit(".", 1)[-1]
+        if name in of_state:
             ssm.append(parameter)
-        elif parameter.dim() < 2:
+        elif parameter.dim() < 2 or "bias" in last or "norm" in last:  # a bias per direction has two axes
             plain.append(parameter)
         else:
             decayed.append(parameter)

@@ -138,6 +138,40 @@ def tiny_prepared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.fixture(scope="session")
+def stranded_prepared(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny dataset with a stranded pair, `minus` (0.5 or 1 a base, masked up to 10 kb) and `plus` (1 or 3)."""
+    import pyBigWig
+
+    from genossm.pipelines.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("stranded")
+    for name in ("genome.fa", "peaks.narrowPeak"):
+        shutil.copy(tiny_folder / name, folder / name)
+    random = np.random.default_rng(3)
+    for name, high, start in (("minus", 0.5, 10_000), ("plus", 3.0, 0)):
+        bigwig = pyBigWig.open(str(folder / f"{name}.bw"), "w")
+        bigwig.addHeader([("chrA", 40_000), ("chrB", 20_011), ("chrC", 1_234)])
+        for chrom, length_bp in (("chrA", 40_000), ("chrB", 20_011)):
+            values = np.where(random.random((length_bp - start) // 50) < 0.5, 1.0, high)
+            bigwig.addEntries(chrom, start, values=values.tolist(), span=50, step=50)
+        bigwig.close()
+    (folder / "dataset.yaml").write_text(
+        "assembly: tiny\n"
+        "genome: genome.fa\n"
+        "tracks:\n"
+        "  - {name: minus, file: minus.bw, kind: signal, aggregate: sum, missing: mask, "
+        'strand: "-", partner: plus}\n'
+        "  - {name: peaks, file: peaks.narrowPeak, kind: peaks}\n"
+        "  - {name: plus, file: plus.bw, kind: signal, aggregate: sum, missing: mask, "
+        'strand: "+", partner: minus}\n'
+        "window: {length: 4096, margin: 512, bin: 32}\n"
+        "split: {valid: [chrB], test: [chrC]}\n"
+    )
+    prepare(folder / "dataset.yaml", folder / "prepared")
+    return folder / "prepared"
+
+
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny dataset that a test may spoil."""

@@ -179,6 +179,43 @@ def test_a_slip_is_named(tmp_path: Path, old: str, new: str, message: str) -> No
     assert str(path) in str(caught.value)
 
 
+PAIR = """\
+  - {name: cage_plus, file: plus.bw, kind: signal, aggregate: sum, strand: "+", partner: cage_minus}
+  - {name: cage_minus, file: minus.bw, kind: signal, aggregate: sum, strand: "-", partner: cage_plus}
+window"""
+
+
+def test_the_two_tracks_of_a_stranded_assay_name_each_other(tmp_path: Path) -> None:
+    config = load_dataset_config(written(tmp_path, changed("window", PAIR)))
+    assert [(track.strand, track.partner) for track in config.tracks] == [
+        (".", None),
+        (".", None),
+        ("+", "cage_minus"),
+        ("-", "cage_plus"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('strand: "-"', "strand: minus", "is 'minus'; allowed are"),
+        ('strand: "-", ', "", "'cage_minus' has the strand '.' and the partner 'cage_plus'"),
+        ('strand: "-"', 'strand: "+"', "partners name each other, and are of opposite strands"),
+        ("partner: cage_plus", "partner: atac_cuts", "partners name each other"),
+        (
+            'aggregate: sum, strand: "-"',
+            'aggregate: max, strand: "-"',
+            r"differ in 'aggregate' \(sum and max\); give both the same",
+        ),
+        (', strand: "-"', ', loss: mse, strand: "-"', r"differ in 'loss' \(None and mse\)"),
+    ],
+)
+def test_partners_that_do_not_match_are_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in PAIR
+    with pytest.raises(ConfigError, match=message):
+        load_dataset_config(written(tmp_path, changed("window", PAIR.replace(old, new))))
+
+
 def test_no_tracks_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, DESIGN)
     with pytest.raises(ConfigError, match="tracks is empty"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,38 @@ def test_masked_bins_have_no_gradient_and_all_masked_is_zero() -> None:
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0]
     assert raw.grad is not None and torch.isfinite(raw.grad).all() and not raw.grad.any()
+
+
+def stranded(**changes: Any) -> list[TrackHead]:
+    plus = TrackHead("plus", "signal", "poisson", "sum", 2.0, 3.0, "+", "minus")
+    return [replace(plus, name="minus", strand="-", partner="plus", **changes), TRACKS[0], plus]
+
+
+def test_the_other_strand_has_its_bins_turned_round_and_partners_swapped() -> None:
+    outputs = torch.arange(12.0).reshape(1, 4, 3)
+    both = TrackHeads(stranded(), 8, hidden=8, dropout=0.0).other_strand(outputs)
+    assert both[0, 0].tolist() == [11, 10, 9] and both[0, 3].tolist() == [2, 1, 0]
+    assert heads().other_strand(outputs)[0, 0].tolist() == [9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mean": 2.5}, r"'minus' and 'plus' are partners and differ in mean \(2.5 and 2.0\)"),
+        ({"std": 2.5}, r"differ in std \(2.5 and 3.0\)"),
+        ({"loss": "mse"}, r"differ in loss \(mse and poisson\)"),
+        ({"aggregate": "max"}, r"differ in aggregate \(max and sum\)"),
+    ],
+)
+def test_partners_that_are_not_alike_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrackHeads(stranded(**changes), 8, hidden=8, dropout=0.0)
+
+
+def test_raw_outputs_are_float32_or_float64() -> None:
+    x = torch.randn(1, 3, 8)
+    assert heads()(x.double()).dtype == torch.float64
+    assert heads().float()(x).dtype == heads().bfloat16()(x.bfloat16()).dtype == torch.float32
 
 
 def test_values_are_in_the_units_of_the_tracks() -> None:

@@ -52,6 +52,7 @@ MODULES = {
     "config": "foundation",
     "interval": "foundation",
     "sequence": "foundation",
+    "strands": "foundation",
     "chrom_names": "genome",
     "compressed": "genome",
     "genome": "genome",

@@ -66,6 +66,22 @@ def test_augmented_windows_are_moved_pieces_of_the_chromosome(tiny_prepared: Pat
     assert flips == {False, True}
 
 
+def test_partners_swap_their_targets_on_the_other_strand(stranded_prepared: Path) -> None:
+    flipping = WindowDataset(stranded_prepared, "train", augment=True, seed=1)
+    plain = WindowDataset(stranded_prepared, "train", augment=True, seed=1, reverse_complement=False)
+    flips = []
+    for index in range(12):
+        codes, targets, mask = (part.numpy() for part in plain[index])
+        got = [part.numpy() for part in flipping[index]]
+        flips.append(not np.array_equal(got[0], codes))
+        if flips[-1]:
+            codes, targets, mask = reverse_complement(codes), targets[::-1], mask[::-1]
+            targets, mask = targets[:, [2, 1, 0]], mask[:, [2, 1, 0]]
+        for part, expected in zip(got, (codes, targets, mask), strict=True):
+            np.testing.assert_array_equal(part, expected)
+    assert set(flips) == {False, True}
+
+
 def test_items_depend_on_seed_epoch_and_position_alone(tiny_prepared: Path) -> None:
     first = WindowDataset(tiny_prepared, "train", augment=True, seed=1)
     again = WindowDataset(tiny_prepared, "train", augment=True, seed=1)

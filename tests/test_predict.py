@@ -46,7 +46,7 @@ class CountingModel(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
         self.tracks, self.bin_bp, self.window_bp, self.margin_bp = TRACKS, BIN_BP, window_bp, margin_bp
-        self.equivariant, self.assembly, self.provenance = True, "tiny", {"seed": 1}
+        self.strands, self.assembly, self.provenance = "equivariant", "tiny", {"seed": 1}
         self.threshold = {"gc": 0.55}
         self.windows, self.fail_after = 0, fail_after
         self.batches: list[int] = []

@@ -71,6 +71,22 @@ def test_many_tracks_in_small_blocks_give_the_same(
         assert np.array_equal(first.mask(chrom), second.mask(chrom))
 
 
+def test_a_dataset_made_before_a_key_existed_is_not_made_again(folder: Path, tmp_path: Path) -> None:
+    source, out = folder / "dataset.yaml", tmp_path / "out"
+    prepare(source, out)
+    first = stamp(out)
+    record = json.loads((out / "dataset.json").read_text())
+    for track in [*record["tracks"], *record["config"]["tracks"]]:
+        assert (track.pop("strand"), track.pop("partner")) == (".", None)
+    (out / "dataset.json").write_text(json.dumps(record))
+    assert prepare(source, out).tracks[0].strand == "."
+    assert stamp(out) == first
+    record["config"]["tracks"][0]["kind"] = "scribble"
+    (out / "dataset.json").write_text(json.dumps(record))
+    prepare(source, out)
+    assert stamp(out) != first
+
+
 def test_done_again_only_when_something_changed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

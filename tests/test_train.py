@@ -11,8 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,8 +23,13 @@ from safetensors import safe_open
 import genossm as gs
 from genossm.dataset import PreparedDataset
 from genossm.errors import CheckpointError, ConfigError, FileError, TrainingError
+from genossm.loaders import WindowDataset
+from genossm.models.accessibility import AccessibilityModel, ModelConfig, reverse_complement
+from genossm.models.encoder import EncoderConfig, MixerName
+from genossm.models.heads import TrackHead
+from genossm.models.stem import StemConfig
 from genossm.pipelines.train import track_heads
-from genossm.pipelines.training_module import parameter_groups
+from genossm.pipelines.training_module import TrainingModule, parameter_groups
 from genossm.run_config import TrainConfig, load_run_config
 
 TINY = """\
@@ -179,6 +187,10 @@ def test_runs_are_not_overwritten_or_mixed(config: Path, tiny_prepared: Path, tm
     [
         ("model.encoder.stem.pool=[8, 8]", "the model's bins are 64 bp and the dataset's 32 bp"),
         ("train.window_bp=1000", "does not fit bins"),
+        (
+            "model.encoder={stem: {channels: [8, 8], pool: [32, 3]}, decoder: {bin_bp: 32}}",
+            "windows of 4096 bp are no multiple of the 96 bp",
+        ),
         ("train.track_weights={peak: 1}", "track_weights names peak; the dataset's tracks are peaks, signal"),
         ("train.batch_size=16", None),
     ],
@@ -203,11 +215,98 @@ def test_heads_take_statistics_of_training_bins_alone(tiny_prepared: Path) -> No
     assert head.mean == pytest.approx(values.mean()) and head.std == pytest.approx(values.std())
 
 
+def test_partners_have_the_statistics_of_both(stranded_prepared: Path) -> None:
+    data = PreparedDataset(stranded_prepared)
+    minus, peaks, plus = track_heads(data)
+    keep = data.mask("chrA") != 0
+    both = [data.targets("chrA")[keep[:, column], column].astype(float) for column in (0, 2)]
+    assert abs(both[0].mean() - both[1].mean()) > 1
+    values = np.concatenate(both)
+    for head, strand, partner in ((minus, "-", "plus"), (plus, "+", "minus")):
+        assert (head.strand, head.partner) == (strand, partner)
+        assert (head.mean, head.std) == (pytest.approx(values.mean()), pytest.approx(values.std()))
+    assert (minus.mean, minus.std) == (plus.mean, plus.std) and peaks.partner is None
+
+
+@pytest.mark.parametrize(("sharing", "flips"), [("augment", True), ("none", False), ("shared", False)])
+def test_windows_are_flipped_only_where_the_network_does_not_read_both_strands(
+    config: Path,
+    stranded_prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sharing: str,
+    flips: bool,
+) -> None:
+    asked: list[bool] = []
+    original = WindowDataset.__init__
+
+    def spied(self: WindowDataset, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        asked.append(self.augment and self.reverse_complement)
+
+    monkeypatch.setattr(WindowDataset, "__init__", spied)
+    overrides = [f"model.reverse_complement={sharing}", "train.epochs=1"]
+    run = gs.train(config, stranded_prepared, tmp_path / "run", device="cpu", overrides=overrides)
+    assert asked == [flips, False]  # training and validation windows
+    assert load_run_config(run.path / "config.yaml").model.reverse_complement == sharing
+    model = run.load()
+    assert model.equivariant == (sharing == "shared")
+    tokens = torch.randint(0, 4, (1, 4096), dtype=torch.int8)
+    raw, other = model(tokens), model(reverse_complement(tokens)).flip(1)[..., [2, 1, 0]]
+    assert torch.allclose(raw, other, rtol=1e-4, atol=1e-5) == (sharing == "shared")
+
+
+def test_the_experts_balance_is_trained_and_not_told_as_the_tracks_loss() -> None:
+    encoder = EncoderConfig(
+        width=8, stem=StemConfig(kind="base"), pattern=("conv",), mlp_ratio=1.0, experts=4, dropout=0.0
+    )
+    torch.manual_seed(1)
+    batch = (torch.randint(0, 5, (2, 40)), torch.rand(2, 40, 1).round(), torch.ones(2, 40, 1).bool())
+    told, added, gradients = [], [], []
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        config = ModelConfig(replace(encoder, balance_weight=weight), reverse_complement="shared")
+        model = AccessibilityModel(config, [TrackHead("t", "peaks", "bce")], window_bp=40, margin_bp=0)
+        module = TrainingModule(model, TrainConfig(ema_decay=0.0), total_steps=1)
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        told.append(float(module.epoch_losses[0]))
+        added.append(loss.item() - told[-1])
+        gradients.append(model.get_parameter("encoder.layers.0.mlp.router.weight").grad)
+    assert told[0] == told[1] and added[0] == 0
+    assert added[1] > 0.4  # 0.5 where the experts are used alike
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "of_state"),
+    [
+        ("s4d", {}, {"log_dt", "log_A_real", "A_imag", "D"}),
+        ("mamba", {"bidirectional": "tied"}, {"A_log", "dt_bias", "D"}),
+        ("mamba3", {"conv_width": 3}, {"dt_bias", "D"}),
+        ("conv", {}, set()),
+    ],
+)
+def test_every_mixer_names_its_state_parameters(
+    name: MixerName, options: dict[str, Any], of_state: set[str]
+) -> None:
+    encoder = EncoderConfig(width=16, pattern=(name, name), state=8, head_dim=8, **options)
+    model = AccessibilityModel(
+        ModelConfig(encoder), [TrackHead("t", "peaks", "bce")], window_bp=64, margin_bp=0
+    )
+    groups = parameter_groups(model, TrainConfig())
+    names = {id(parameter): path for path, parameter in model.named_parameters()}
+    decayed, _, *state = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert state == (
+        [{path for path in names.values() if path.split(".")[-1] in of_state}] if of_state else []
+    )
+    assert decayed and not any("bias" in path or "norm" in path for path in decayed)
+
+
 def test_parameters_of_the_recurrence_norms_and_biases_are_not_decayed(
     config: Path, tiny_prepared: Path
 ) -> None:
-    from genossm.models.accessibility import AccessibilityModel
-
     run_config = load_run_config(config)
     model = AccessibilityModel(
         run_config.model, track_heads(PreparedDataset(tiny_prepared)), window_bp=4096, margin_bp=512
@@ -243,8 +342,6 @@ def test_a_signal_is_told_and_is_no_success(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    from genossm.pipelines.training_module import TrainingModule
-
     original = TrainingModule.training_step
 
     def stopped(self: TrainingModule, batch: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
@@ -264,8 +361,6 @@ def test_a_signal_is_told_and_is_no_success(
 def test_memory_that_runs_out_is_told(
     config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genossm.models.accessibility import AccessibilityModel
-
     def full(self: AccessibilityModel, tokens: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
