@@ -154,17 +154,14 @@ def test_finer_resolutions_are_the_last_features_there() -> None:
     torch.testing.assert_close(stem.stages[3](finer[2]).transpose(1, 2), features)
 
 
-def test_the_base_stem_is_a_vector_for_each_base_and_zero_for_none() -> None:
+def test_the_base_stem_is_a_vector_for_each_base_and_one_for_none() -> None:
     torch.manual_seed(0)
     stem = build_stem(StemConfig(kind="base"), 6)
     assert isinstance(stem, BaseStem)
     assert (stem.bin_bp, stem.reach_bp, stem.halo_bp) == (1, 0, 0)
     tokens = torch.tensor([[0, 1, 2, 3, 4], [4, 3, 3, 0, 1]], dtype=torch.int8)
-    optimizer = torch.optim.AdamW(stem.parameters(), lr=0.1, weight_decay=0.1)
-    stem(tokens).square().sum().backward()
-    optimizer.step()
     features = stem(tokens)
-    assert features.shape == (2, 5, 6) and not features[tokens == 4].any()
+    assert features.shape == (2, 5, 6) and features[tokens == 4].any()
     assert torch.equal(features[0, 3], features[1, 1]) and torch.equal(features[0, 0], features[1, 3])
     assert len({tuple(row.tolist()) for row in features[0]}) == 5
     assert stem.with_finer(tokens, ())[1] == {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genossm.models.norm import ChannelNorm
 
 NO_BASE = 4
-"""The code of a position without a base; it is the zero vector."""
+"""The code of a position without a base."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,10 @@ class ConvStem(nn.Module):
 
 
 class BaseStem(nn.Embedding):
-    """Tokens (batch, length) to a learned vector for each base (batch, length, width); "no base" is the zero vector.
+    """Tokens (batch, length) to a learned vector for each base, and one for "no base": (batch, length, width).
 
-    Attributes as of `ConvStem`; it sees nothing but the position itself.
+    A zero vector would stay zero in every layer, where norms multiply gradients by thousands. Attributes as of `ConvStem`;
+    it sees nothing but the position itself.
     """
 
     bin_bp = 1
@@ -134,7 +135,7 @@ class BaseStem(nn.Embedding):
     halo_bp = 0
 
     def __init__(self, width: int) -> None:
-        super().__init__(NO_BASE + 1, width, padding_idx=NO_BASE)
+        super().__init__(NO_BASE + 1, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.int())
