@@ -22,8 +22,10 @@ from genossm.errors import GenossmError
 COMMANDS = {
     "check": "Compare names, lengths and coordinates of all files of a dataset.",
     "prepare": "Turn a genome, peaks and signal into a folder ready for training.",
+    "info": "Tell a model's parameters, receptive field, FLOPs and memory.",
     "train": "Train a model on a prepared dataset.",
     "evaluate": "Score a trained model on held-out chromosomes.",
+    "compare": "Train several configurations with several seeds, in one table.",
     "predict": "Predict every track along chromosomes, regions or sequences.",
     "simulate": "Write a small genome with planted, known regulatory grammar.",
     "demo": "Run the whole path on a simulated genome and write one report page.",
