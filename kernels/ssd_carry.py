@@ -1,6 +1,7 @@
 """How the chunks of an SSD scan hand their states on: one after the other on a CPU, elsewhere one matrix product for every 64.
 
-Letters: b batch, n chunks, h heads, s state, p head_dim. States here are flat: f = s * p.
+Letters: b batch, n chunks, g groups, r heads of a group, h = g*r heads, s state, p head_dim. States come and go in the layout of the
+matrix products that make and use them, (b, n, g, s, r, p); the products here take them flat by head: f = s * p.
 """
 
 from __future__ import annotations
@@ -18,19 +19,40 @@ CHUNKS_PER_BLOCK = 64
 
 
 def carry_states(
-    states: Tensor, log_decay: Tensor, initial: Tensor | None, *, reverse: bool
+    states: Tensor,
+    log_decay: Tensor,
+    initial: Tensor | None,
+    counts: tuple[int, ...] | None,
+    *,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The state that enters each chunk, and the one that leaves the last.
 
     Args:
-        states: (b, n, h, s, p), what each chunk adds.
+        states: (b, n, g, s, r, p), what each chunk adds.
         log_decay: (b, n, h), each chunk's whole decay, of float64 where it can be.
         initial: (b, h, s, p), or None for zeros.
+        counts: chunks of each of several sequences in one row (b is 1), n in all: nothing passes from one to the next,
+            and `initial` and the final states are (sequences, h, s, p).
     """
+    groups = states.shape[2]
     if states.device.type == "cpu" and not torch.compiler.is_compiling():
-        decay = torch.exp(log_decay).to(states.dtype)
-        before, final = _OneByOne.apply(states, decay, initial, None, reverse)  # type: ignore[no-untyped-call]
-        return before, final
+        decay = torch.exp(log_decay).to(states.dtype).unflatten(2, (groups, 1, -1, 1))  # type: ignore[no-untyped-call]
+        start = None if initial is None else initial.unflatten(1, (groups, -1)).transpose(2, 3)  # type: ignore[no-untyped-call]
+        before, final = _OneByOne.apply(states, decay, start, counts, reverse)  # type: ignore[no-untyped-call]
+        return before, final.transpose(2, 3).flatten(1, 2)
+    by_head = states.transpose(3, 4).flatten(2, 3)
+    if counts is None:
+        before, final = _carry(by_head, log_decay, initial, reverse=reverse)
+    else:
+        before, final = _carry_packed(by_head, log_decay, initial, counts, reverse=reverse)
+    return before.unflatten(2, (groups, -1)).transpose(3, 4), final  # type: ignore[no-untyped-call]
+
+
+def _carry(
+    states: Tensor, log_decay: Tensor, initial: Tensor | None, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """By matrix products, of states (b, n, h, s, p)."""
     if reverse:
         states, log_decay = states.flip(1), log_decay.flip(1)
     shape = states.shape
@@ -43,23 +65,10 @@ def carry_states(
     return (before.flip(1) if reverse else before), after[:, :, -1].view(shape[0], *shape[2:])
 
 
-def carry_packed_states(
+def _carry_packed(
     states: Tensor, log_decay: Tensor, initial: Tensor | None, counts: Sequence[int], *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same for several sequences in one row, each of whole chunks: nothing passes from one to the next.
-
-    Args:
-        states: (1, n, h, s, p). log_decay: (1, n, h).
-        initial: (sequences, h, s, p), or None for zeros.
-        counts: chunks of each sequence, n in all.
-
-    Returns:
-        (1, n, h, s, p), and the final states (sequences, h, s, p).
-    """
-    if states.device.type == "cpu" and not torch.compiler.is_compiling():
-        decay = torch.exp(log_decay).to(states.dtype)
-        before, final = _OneByOne.apply(states, decay, initial, tuple(counts), reverse)  # type: ignore[no-untyped-call]
-        return before, final
+    """The same for several sequences in one row, each of whole chunks."""
     number = len(counts)
     if reverse:
         states, log_decay = states.flip(1), log_decay.flip(1)
@@ -112,7 +121,7 @@ def _passed(added: Tensor, log_decay: Tensor, sequence: Tensor | None) -> Tensor
 
 
 class _OneByOne(torch.autograd.Function):
-    """Chunk after chunk: each step is one operation on one chunk's states, forward and for the gradient."""
+    """Chunk after chunk: each step is one operation on one chunk's states, forward and for the gradient; decay (b, n, g, 1, r, 1)."""
 
     @staticmethod
     def forward(
@@ -133,8 +142,7 @@ class _OneByOne(torch.autograd.Function):
                 before[:, order[0]] = initial[sequence]
             following = [*(before[:, chunk] for chunk in order[1:]), final[sequence]]
             for chunk, after in zip(order, following, strict=True):
-                factor = decay[:, chunk, :, None, None]
-                torch.addcmul(states[:, chunk], factor, before[:, chunk], out=after)
+                torch.addcmul(states[:, chunk], decay[:, chunk], before[:, chunk], out=after)
         ctx.save_for_backward(decay, before)
         ctx.options = (initial is not None, counts, reverse)
         return before, final
@@ -151,9 +159,8 @@ class _OneByOne(torch.autograd.Function):
             backwards = order[::-1]
             preceding = [*(of_states[:, chunk] for chunk in backwards[1:]), of_initial[sequence]]
             for chunk, earlier in zip(backwards, preceding, strict=True):
-                factor = decay[:, chunk, :, None, None]
-                torch.addcmul(of_before[:, chunk], factor, of_states[:, chunk], out=earlier)
-        of_decay = torch.linalg.vecdot(of_states.flatten(-2), before.flatten(-2))
+                torch.addcmul(of_before[:, chunk], decay[:, chunk], of_states[:, chunk], out=earlier)
+        of_decay = (of_states * before).sum((3, 5), keepdim=True)
         return of_states, of_decay, of_initial if with_initial else None, None, None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from genossm.kernels.arguments import Pair, accumulation
-from genossm.kernels.ssd_carry import carry_packed_states, carry_states
+from genossm.kernels.ssd_carry import carry_states
 
 BLOCK_ELEMENTS = {"cpu": 2**21}
 """Elements of x that are worked on at a time, at least one chunk."""
@@ -83,10 +83,7 @@ def ssd_chunked(
         ]
         states, log_decay = (_joined(part) for part in zip(*parts, strict=True))
         start_bhsp = None if start is None else start.to(states.dtype).transpose(-1, -2)
-        if counts is None:
-            before, final = carry_states(states, log_decay, start_bhsp, reverse=reverse)
-        else:
-            before, final = carry_packed_states(states, log_decay, start_bhsp, counts, reverse=reverse)
+        before, final = carry_states(states, log_decay, start_bhsp, counts, reverse=reverse)
         finals[reverse] = final.transpose(-1, -2)
         entering.append(list(torch.split(before, per_block, 1)))
 
@@ -129,7 +126,7 @@ def _log_decays(dt_bnqh: Tensor, A_h: Tensor) -> tuple[Tensor, Tensor]:
 def _added_states(
     x_bnqhp: Tensor, dt_bnqh: Tensor, B_bnqgs: Tensor, A_h: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """What each chunk adds to the state, (b, n, h, s, p), and its whole decay, (b, n, h)."""
+    """What each chunk adds to the state, (b, n, g, s, r, p), and its whole decay, (b, n, h)."""
     accumulate = accumulation(x_bnqhp.dtype)
     batch, chunks, _, groups, state = B_bnqgs.shape
     inclusive, exclusive = _log_decays(dt_bnqh, A_h)
@@ -138,8 +135,7 @@ def _added_states(
     weighted = x_bnqhp.to(accumulate) * (leaving.transpose(2, 3) * dt_bnqh)[..., None]
     by_group = weighted.unflatten(3, (groups, -1)).flatten(-2).transpose(2, 3)  # type: ignore[no-untyped-call]
     states = B_bnqgs.to(accumulate).permute(0, 1, 3, 4, 2) @ by_group
-    states = states.view(batch, chunks, groups, state, -1, x_bnqhp.shape[-1]).transpose(3, 4)
-    return states.flatten(2, 3), total[..., 0]
+    return states.view(batch, chunks, groups, state, -1, x_bnqhp.shape[-1]), total[..., 0]
 
 
 class _DecayMatrix(torch.autograd.Function):
@@ -189,7 +185,7 @@ def _outputs(
     """y (b, n, q, h, p) from each chunk's own inputs and the states that enter it.
 
     Args:
-        scans: for each direction, one after the other: reverse, dt (b, n, q, h), A (h,), entering (b, n, h, s, p).
+        scans: for each direction, one after the other: reverse, dt (b, n, q, h), A (h,), entering (b, n, g, s, r, p).
     """
     accumulate = accumulation(x_bnqhp.dtype)
     batch, chunks, size, heads, head_dim = x_bnqhp.shape
@@ -200,11 +196,12 @@ def _outputs(
     mixing: Tensor | None = None
     between: Tensor | None = None
     x_dt, one_dt = x, shared or len(scans) == 4  # else each direction's dt goes to its weights
-    for reverse, dt_bnqh, A_h, entering_bnhsp in zip(*(scans[i::4] for i in range(4)), strict=True):
+    for reverse, dt_bnqh, A_h, entering in zip(*(scans[i::4] for i in range(4)), strict=True):
         inclusive, exclusive = _log_decays(dt_bnqh, A_h)
         decay = torch.exp((inclusive[..., -1:] - exclusive if reverse else inclusive).to(accumulate))
-        by_group = entering_bnhsp.unflatten(2, (groups, -1)).transpose(3, 4).flatten(-2)
-        carried = (C_bngqs @ by_group).transpose(2, 3).reshape(batch, chunks, size, heads, head_dim)
+        carried = (
+            (C_bngqs @ entering.flatten(-2)).transpose(2, 3).reshape(batch, chunks, size, heads, head_dim)
+        )
         carried = carried * decay.transpose(2, 3)[..., None]
         between = carried if between is None else between + carried
         if shared and reverse:
