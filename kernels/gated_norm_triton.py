@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.kernels.triton_support import (
-    LIBRARY,
     PTX,
     define_operator,
+    differentiable,
     on_device,
     processors,
     rows_of_channels,
@@ -161,7 +161,7 @@ def gated_rms_norm_triton(
     norm_before_gate: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`gated_rms_norm` of arguments that the caller has checked."""
-    y, total = torch.ops.genossm.gated_rms_norm(x, weight, z, residual, groups, eps, norm_before_gate)
+    y, total = _gated_rms_norm(x, weight, z, residual, groups, eps, norm_before_gate)
     return y if residual is None else (y, total)
 
 
@@ -335,4 +335,4 @@ define_operator(
     _backward,
     _backward_fake,
 )
-torch.library.register_autograd("genossm::gated_rms_norm", _gradients, setup_context=_save, lib=LIBRARY)
+_gated_rms_norm = differentiable("gated_rms_norm", _save, _gradients)

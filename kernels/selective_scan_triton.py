@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from genossm.kernels.arguments import Direction, Pair
 from genossm.kernels.packing import chunk_spans
 from genossm.kernels.selective_scan_launch import chunk_length, run_backward, run_forward
-from genossm.kernels.triton_support import LIBRARY, define_operator
+from genossm.kernels.triton_support import define_operator, differentiable
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
@@ -48,7 +48,7 @@ def selective_scan_triton(
     if bounds is not None:
         chunk = chunk_length("forward", x, A.shape[1])
         spans, firsts = chunk_spans(bounds, chunk, x.device)
-    y, finals = torch.ops.genossm.selective_scan(
+    y, finals = _selective_scan(
         x, dt, A, B, C, D, z, dt_bias, starts[0], starts[1], spans, firsts, dt_softplus, direction, chunk
     )
     if direction == "both":
@@ -90,7 +90,7 @@ define_operator(
     run_backward,
     _fake_backward,
 )
-torch.library.register_autograd("genossm::selective_scan", _gradients, setup_context=_save, lib=LIBRARY)
+_selective_scan = differentiable("selective_scan", _save, _gradients)
 
 
 @register_flop_formula(torch.ops.genossm.selective_scan)

@@ -20,9 +20,9 @@ from genossm.kernels.short_conv_kernels import (
     short_conv_reduce_kernel,
 )
 from genossm.kernels.triton_support import (
-    LIBRARY,
     PTX,
     define_operator,
+    differentiable,
     on_device,
     processors,
     rows_of_channels,
@@ -126,9 +126,7 @@ def short_conv_triton(
     Returns:
         y, the reverse y of `both`, the last inputs, the first inputs; empty where there is none.
     """
-    outputs: Outputs = torch.ops.genossm.short_conv(
-        x, weight, bias, left, right, PADDINGS[padding], silu, final
-    )
+    outputs: Outputs = _short_conv(x, weight, bias, left, right, PADDINGS[padding], silu, final)
     return outputs
 
 
@@ -407,7 +405,7 @@ define_operator(
     _backward,
     _backward_fake,
 )
-torch.library.register_autograd("genossm::short_conv", _gradients, setup_context=_save, lib=LIBRARY)
+_short_conv = differentiable("short_conv", _save, _gradients)
 
 
 @register_flop_formula(torch.ops.genossm.short_conv)

@@ -16,7 +16,7 @@ from genossm.kernels.ssd_launch import SsdLaunches
 from genossm.kernels.ssd_plan import SsdPlan
 from genossm.kernels.ssd_tiles import CHUNKS, chunk_for, tiles_for
 from genossm.kernels.triton_launch import remembered, signature
-from genossm.kernels.triton_support import contiguous, define_operator, on_device
+from genossm.kernels.triton_support import contiguous, define_operator, differentiable, on_device
 
 DIRECTIONS = ("forward", "reverse", "both")
 
@@ -52,10 +52,7 @@ def ssd_scan(
         x, dt, A, B.to(x.dtype), C.to(x.dtype), D, z, dt_bias, initial, spans, firsts,
         DIRECTIONS.index(direction), softplus, chunk,
     )  # fmt: skip
-    if not torch.is_grad_enabled():
-        y, final = torch.ops.genossm.ssd_scan(*inputs)
-        return y, final
-    y, final = _Scan.apply(*inputs)  # type: ignore[no-untyped-call]
+    y, final = _ssd_scan(*inputs)
     return y, final
 
 
@@ -166,25 +163,23 @@ define_operator(
 )
 
 
-class _Scan(torch.autograd.Function):
-    """Keeps the inputs, and nothing else, for the gradient."""
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+    """The inputs, and nothing else."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:11])
-        ctx.options = inputs[11:]
-        y, final = torch.ops.genossm.ssd_scan(*inputs)
-        return y, final
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        found = torch.ops.genossm.ssd_scan_backward(*gradients, *inputs, *ctx.options)
-        present = [
-            None if tensor is None else gradient for gradient, tensor in zip(found, inputs[:9], strict=True)
-        ]
-        return (*present, None, None, None, None, None)
+def _gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    found = torch.ops.genossm.ssd_scan_backward.default(*of_outputs, *inputs, *ctx.options)
+    present = [
+        None if tensor is None else gradient for gradient, tensor in zip(found, inputs[:9], strict=True)
+    ]
+    return (*present, None, None, None, None, None)
+
+
+_ssd_scan = differentiable("ssd_scan", _save, _gradients)
 
 
 @register_flop_formula(torch.ops.genossm.ssd_scan)
