@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from genossm import metrics
 from genossm.dataset import PreparedDataset
 from genossm.models.accessibility import AccessibilityModel
 from genossm.outputs import plots, report
+from genossm.pipelines.site_scores import read_sites, rule_scores
 from genossm.signal import Signal
 from genossm.version import versions
 
@@ -29,6 +29,7 @@ KINDS = {
     "promoter": "promoter",
     "enhancer": "enhancer",
 }
+RULES = {"local": "local: motif A beside motif B", "long_range": "long range: promoter and enhancer"}
 DONE = {
     "simulate": "a genome with planted motifs, its peaks, its cut counts and the truth",
     "prepare": "targets and masks per bin, windows by split",
@@ -103,37 +104,22 @@ def site_predictions(folder: Path, dataset: PreparedDataset, track: str) -> pd.D
 
     Probabilities are read back from the bigWig in `folder`/predictions: the page shows what a browser would.
     """
-    sites = pd.read_csv(folder / "simulation" / "truth.tsv", sep="\t")
+    sites = read_sites(folder / "simulation" / "truth.tsv")
     sites = sites[sites["chrom"].isin(dataset.splits["test"])].reset_index(drop=True)
     bigwig = Signal(folder / "predictions" / f"{track}.bw")
     spans = zip(sites["chrom"], sites["region_start"], sites["region_end"], strict=True)
     sites["predicted"] = [
         float(bigwig.values(chrom, int(start), int(end)).mean()) for chrom, start, end in spans
     ]
-    sites["open"] = sites["open"].astype(bool)
     return sites
 
 
 def rule_table(sites: pd.DataFrame) -> pd.DataFrame:
     """One row per rule: open and closed sites, their mean probability, AUROC of open over closed."""
-    rows = []
-    for rule, words in (
-        ("local", "local: motif A beside motif B"),
-        ("long_range", "long range: promoter and enhancer"),
-    ):
-        own = sites[sites["rule"] == rule]
-        is_open, predicted = own["open"].to_numpy(), own["predicted"].to_numpy()
-        rows.append(
-            {
-                "rule": words,
-                "open": int(is_open.sum()),
-                "closed": int((~is_open).sum()),
-                "predicted_open": predicted[is_open].mean() if is_open.any() else np.nan,
-                "predicted_closed": predicted[~is_open].mean() if not is_open.all() else np.nan,
-                "auroc": metrics.auroc(is_open, predicted),
-            }
-        )
-    return pd.DataFrame(rows)
+    scores = rule_scores(sites).set_index("rule").reindex(list(RULES)).reset_index()
+    scores["rule"] = list(RULES.values())
+    scores = scores.fillna({"open": 0, "closed": 0}).astype({"open": int, "closed": int})
+    return scores[["rule", "open", "closed", "predicted_open", "predicted_closed", "auroc"]]
 
 
 def locus_start(sites: pd.DataFrame, length_bp: int, span_bp: int = LOCUS_BP) -> int:

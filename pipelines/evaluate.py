@@ -24,6 +24,7 @@ from genossm.errors import DataError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.outputs import plots
 from genossm.pipelines.device import describe, pick_device
+from genossm.pipelines.site_scores import SiteScores, sites_sha256
 from genossm.pipelines.windowed import placed, predict_chromosome
 from genossm.progress import progress, say
 from genossm.rebin import rebin, rebin_mean
@@ -85,6 +86,82 @@ def evaluate(
             assembly.
         DeviceError: the device is not there.
     """
+    table, _ = _evaluate(
+        model,
+        dataset,
+        None,
+        split=split,
+        resolution=resolution,
+        out=out,
+        device=device,
+        batch_size=batch_size,
+        allow_genome_mismatch=allow_genome_mismatch,
+        tracks=tracks,
+    )
+    return table
+
+
+def evaluate_sites(
+    model: Model | Sequence[Model],
+    dataset: PreparedDataset | str | os.PathLike[str],
+    sites: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    resolution: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    batch_size: int = 4,
+    allow_genome_mismatch: bool = False,
+    tracks: Sequence[str] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As `evaluate`, and from the same predictions score a table of sites with known answers, rule by rule.
+
+    A site's score is the mean predicted probability over the bases of its region, each having the value of its bin
+    (the dataset's own bins, whatever `resolution` is); N runs are left out of the mean. Only sites on the split's
+    chromosomes count.
+
+    Args:
+        sites: a table such as `truth.tsv` of `simulate`, see `genossm.pipelines.site_scores.read_sites`.
+        out: gets sites.tsv, too.
+
+    Returns:
+        The table of `evaluate`, and one row per peaks track and rule with the columns track, rule, sites, open, closed,
+        positive_rate, predicted_open, predicted_closed, auroc and auprc.
+
+    Raises:
+        DataError: as `evaluate`; the sites do not fit the dataset, or no peaks track is scored.
+        FileError: the sites cannot be read.
+        DeviceError: the device is not there.
+    """
+    table, scores = _evaluate(
+        model,
+        dataset,
+        sites,
+        split=split,
+        resolution=resolution,
+        out=out,
+        device=device,
+        batch_size=batch_size,
+        allow_genome_mismatch=allow_genome_mismatch,
+        tracks=tracks,
+    )
+    assert scores is not None
+    return table, scores
+
+
+def _evaluate(
+    model: Model | Sequence[Model],
+    dataset: PreparedDataset | str | os.PathLike[str],
+    sites: str | os.PathLike[str] | None,
+    *,
+    split: str,
+    resolution: int | None,
+    out: str | os.PathLike[str] | None,
+    device: str,
+    batch_size: int,
+    allow_genome_mismatch: bool,
+    tracks: Sequence[str] | None,
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
     chroms = _chromosomes(data, split)
     wanted = _wanted_tracks(data, tracks)
@@ -93,6 +170,10 @@ def evaluate(
             f"resolution {resolution} bp is finer than the {data.bin_bp}-bp bins of {data.folder}; "
             f"ask for {data.bin_bp} or more"
         )
+    scorer = None
+    if sites is not None:
+        peaks = [track.name for track in wanted if track.kind == "peaks"]
+        scorer = SiteScores(sites, {chrom: data.lengths[chrom] for chrom in chroms}, peaks)
     chosen = pick_device(device)
     several = [model] if isinstance(model, AccessibilityModel | str | os.PathLike) else list(model)
     if not several:
@@ -104,8 +185,9 @@ def evaluate(
     names = [_name_of(one) for one in several]
     say(f"evaluating on {describe(chosen)}: {', '.join(names)}, {split} split ({', '.join(chroms)})")
 
-    bins = _collect(models, data, chroms, wanted, resolution, chosen, batch_size)
+    bins = _collect(models, data, chroms, wanted, resolution, chosen, batch_size, scorer)
     table = _table(bins)
+    scores = None if scorer is None else scorer.table()
     if out is not None:
         record = {
             "models": names,
@@ -119,16 +201,26 @@ def evaluate(
             "versions": versions(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_evaluation(Path(out), bins, table, record)
-    return table
+        if scorer is not None:
+            record["sites_file"] = {"path": str(scorer.path), "sha256": sites_sha256(scorer.path)}
+        write_evaluation(Path(out), bins, table, record, scores)
+    return table, scores
 
 
 def write_evaluation(
-    folder: Path, bins: Sequence[TrackBins], table: pd.DataFrame, record: dict[str, Any]
+    folder: Path,
+    bins: Sequence[TrackBins],
+    table: pd.DataFrame,
+    record: dict[str, Any],
+    scores: pd.DataFrame | None = None,
 ) -> None:
-    """Write metrics.tsv, metrics.json and, where a peaks track has positives, the two plots to `folder`."""
-    with atomic_path(folder / "metrics.tsv") as temporary:
-        table.to_csv(temporary, sep="\t", index=False, float_format="%.6g", na_rep="NA")
+    """Write metrics.tsv, metrics.json, with `scores` sites.tsv, and where a peaks track has positives two plots."""
+    _write_tsv(folder / "metrics.tsv", table)
+    if scores is None:
+        (folder / "sites.tsv").unlink(missing_ok=True)  # of an earlier evaluation in this folder
+    else:
+        _write_tsv(folder / "sites.tsv", scores)
+        record = record | {"sites": json.loads(scores.to_json(orient="records", double_precision=10))}
     scored = [one for one in bins if one.track.kind == "peaks" and one.observed.any()]
     groups = {one.track.name: metrics.calibration(one.observed, one.predicted) for one in scored}
     rows = json.loads(table.to_json(orient="records", double_precision=10))
@@ -150,6 +242,11 @@ def write_evaluation(
     rates = {one.track.name: metrics.positive_rate(one.observed) for one in scored}
     plots.save_png(plots.precision_recall_plot(curves, rates), images[0])
     plots.save_png(plots.calibration_plot(groups), images[1])
+
+
+def _write_tsv(path: Path, table: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, sep="\t", index=False, float_format="%.6g", na_rep="NA")
 
 
 def paired_bins(
@@ -204,6 +301,7 @@ def _collect(
     resolution: int | None,
     device: torch.device,
     batch_size: int,
+    scorer: SiteScores | None,
 ) -> list[TrackBins]:
     parts: dict[str, list[Pair]] = {track.name: [] for track in tracks}
     total_bp = len(models) * sum(data.lengths[chrom] for chrom in chroms)
@@ -219,6 +317,9 @@ def _collect(
                 predicted += values[:, columns]
             # Divided once, after the sum, so that rounding takes no mean of probabilities above 1.
             predicted /= np.float32(len(models))
+            if scorer is not None:
+                columns = [index for index, track in enumerate(tracks) if track.kind == "peaks"]
+                scorer.add(chrom, predicted[:, columns], data.bin_bp)
             for track, pair in zip(
                 tracks, paired_bins(data, chrom, tracks, predicted, resolution), strict=True
             ):

@@ -20,6 +20,8 @@ def test_the_command_writes_what_the_function_writes(
     simulate(tmp_path / "b", seed=5, chromosomes=3, chromosome_bp=30_000)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert main(["simulate", "-o", str(tmp_path / "c"), "--no-signal", *arguments]) == 0
+    assert not (tmp_path / "c" / "signal.bw").exists() and "% of the genome" in capsys.readouterr().out
     assert main(["--json", "simulate", "-o", str(tmp_path / "a"), *arguments]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["parameters"]["seed"] == 5

@@ -41,6 +41,17 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
         assert (other / name).read_bytes() != (folder / name).read_bytes(), name
 
 
+def test_without_the_signal_all_else_is_the_same(tmp_path: Path, folder: Path) -> None:
+    bare = simulate(tmp_path / "bare", seed=3, chromosomes=3, chromosome_bp=LENGTH_BP, signal=False)
+    assert sorted(path.name for path in bare.iterdir()) == [name for name in FILES if name != "signal.bw"]
+    for name in ("genome.fa", "peaks.narrowPeak", "truth.tsv"):
+        assert (bare / name).read_bytes() == (folder / name).read_bytes(), name
+    config = load_yaml(bare / "dataset.yaml")
+    assert [track["name"] for track in config["tracks"]] == ["peaks"]
+    with pytest.raises(DataError, match="other parameters"):
+        simulate(bare, seed=3, chromosomes=3, chromosome_bp=LENGTH_BP)
+
+
 def test_more_chromosomes_leave_the_first_ones_as_they_are(tmp_path: Path, folder: Path) -> None:
     more = simulate(tmp_path / "more", seed=3, chromosomes=4, chromosome_bp=LENGTH_BP)
     assert (more / "genome.fa").read_bytes().startswith((folder / "genome.fa").read_bytes())

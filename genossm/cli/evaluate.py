@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,9 +36,16 @@ if TYPE_CHECKING:
     "--track", "tracks", multiple=True, metavar="NAME", help="Score this track only; may be given often."
 )
 @click.option(
+    "--sites",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="TSV",
+    help="Also score whole sites, rule by rule: a table with the columns chrom, start, end, open (1 or 0), rule and, "
+    "if they differ, region_start and region_end, such as truth.tsv of `genossm simulate`.",
+)
+@click.option(
     "--allow-genome-mismatch", is_flag=True, help="Score on another assembly than the model was trained on."
 )
-@out_option(help="Folder for metrics.tsv, metrics.json and the plots.", required=False)
+@out_option(help="Folder for metrics.tsv, metrics.json, sites.tsv and the plots.", required=False)
 @batch_size_option()
 @device_option()
 def command(
@@ -47,6 +54,7 @@ def command(
     split: str,
     resolution: int | None,
     tracks: tuple[str, ...],
+    sites: Path | None,
     allow_genome_mismatch: bool,
     out: Path | None,
     batch_size: int,
@@ -56,24 +64,33 @@ def command(
 
     RUN is a folder that `genossm train` wrote. The predictions of several runs are averaged before they
     are scored. Peaks: AUROC and AUPRC beside the positive rate, which is the AUPRC of a random ranking.
-    Signal: Pearson and Spearman correlation of log1p values. Only unmasked bins count.
+    Signal: Pearson and Spearman correlation of log1p values. Only unmasked bins count. A site's score is the
+    mean probability over its region.
     """
-    from genossm.pipelines.evaluate import evaluate
+    from genossm.pipelines.evaluate import evaluate, evaluate_sites
 
-    table = evaluate(
-        runs,
-        dataset,
-        split=split,
-        resolution=resolution,
-        out=out,
-        device=device,
-        batch_size=batch_size,
-        allow_genome_mismatch=allow_genome_mismatch,
-        tracks=tracks or None,
-    )
-    show({"split": split, "rows": table.to_dict(orient="records"), "out": out}, _text(table))
+    options: dict[str, Any] = {
+        "split": split,
+        "resolution": resolution,
+        "out": out,
+        "device": device,
+        "batch_size": batch_size,
+        "allow_genome_mismatch": allow_genome_mismatch,
+        "tracks": tracks or None,
+    }
+    if sites is None:
+        table, scores = evaluate(runs, dataset, **options), None
+    else:
+        table, scores = evaluate_sites(runs, dataset, sites, **options)
+    data = {"split": split, "rows": table.to_dict(orient="records"), "out": out}
+    text = _text(table, first=3)
+    if scores is not None:
+        data["sites"] = scores.to_dict(orient="records")
+        text += "\n\n" + _text(scores, first=5)
+    show(data, text)
 
 
-def _text(table: pd.DataFrame) -> str:
-    formats = {name: "{:.4f}".format for name in table.columns[3:]}
+def _text(table: pd.DataFrame, *, first: int) -> str:
+    """A table for people; the columns from number `first` on are figures."""
+    formats = {name: "{:.4f}".format for name in table.columns[first:]}
     return str(table.to_string(index=False, formatters=formats, na_rep="-"))

@@ -23,9 +23,21 @@ from genossm.cli.options import out_option, seed_option
               help="Window length written to dataset.yaml.")  # fmt: skip
 @click.option("--margin", "margin_bp", type=int, default=32_768, show_default=True, metavar="BP",
               help="Window margin written to dataset.yaml.")  # fmt: skip
+@click.option(
+    "--signal/--no-signal",
+    default=True,
+    help="Whether to write signal.bw, a track of cuts, which takes about half of the time.",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier simulation in DIR.")
 def command(
-    out: Path, seed: int, chromosomes: int, chromosome_bp: int, window_bp: int, margin_bp: int, force: bool
+    out: Path,
+    seed: int,
+    chromosomes: int,
+    chromosome_bp: int,
+    window_bp: int,
+    margin_bp: int,
+    signal: bool,
+    force: bool,
 ) -> None:
     """Write genome.fa, peaks.narrowPeak, signal.bw, truth.tsv and dataset.yaml into DIR.
 
@@ -43,6 +55,7 @@ def command(
         chromosome_bp=chromosome_bp,
         window_bp=window_bp,
         margin_bp=margin_bp,
+        signal=signal,
         force=force,
     )
     summary = json.loads((folder / "simulation.json").read_text(encoding="utf-8"))
