@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from genossm import metrics
 from genossm.errors import TrainingError
 from genossm.models.accessibility import AccessibilityModel
+from genossm.models.parity import plain_name
 from genossm.run_config import TrainConfig
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -175,7 +176,8 @@ def parameter_groups(model: AccessibilityModel, config: TrainConfig) -> list[dic
     """AdamW's groups: matrices (decayed), norms and biases (not), and state parameters (not, at their own rate)."""
     of_state = {f"encoder.{name}" for name in model.encoder.state_parameter_names()}
     decayed, plain, ssm = [], [], []
-    for name, parameter in model.named_parameters():
+    for stored_name, parameter in model.named_parameters():
+        name = plain_name(stored_name)
         last = name.rsplit(".", 1)[-1]
         if name in of_state:
             ssm.append(parameter)

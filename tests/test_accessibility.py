@@ -244,7 +244,10 @@ def test_a_shared_model_comes_back_from_disk_and_one_of_before_it_existed_is_aug
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"reverse_complement": "both"}, "reverse_complement is 'both'; allowed are 'none', 'augment' and"),
+        (
+            {"reverse_complement": "both"},
+            "reverse_complement is 'both'; allowed are 'none', 'augment', 'shared' and",
+        ),
         ({"head_hidden": 0}, "head_hidden is 0; it must be at least 1"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genossm.models.encoder import Encoder, EncoderConfig
 from genossm.models.heads import TrackHead, TrackHeads
+from genossm.models.parity import check_parity, mirrored, tie
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,23 @@ class ModelConfig:
         head_hidden: hidden width of the heads.
         reverse_complement: how predictions come to agree on both strands. `none`: not at all, one strand is read.
             `augment`: training flips half of the windows, and `predict` averages both strands. `shared`: exactly, by
-            one network that reads both strands whenever it runs, at twice the compute of `none`.
+            one network that reads both strands whenever it runs, at twice the compute of `none`. `parity`: exactly, by
+            an encoder of tied weights (`genossm.models.parity`) that reads one strand, at about the compute of `none`.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head_hidden: int = 256
-    reverse_complement: Literal["none", "augment", "shared"] = "augment"
+    reverse_complement: Literal["none", "augment", "shared", "parity"] = "augment"
 
     def __post_init__(self) -> None:
         if self.head_hidden < 1:
             raise ValueError(f"head_hidden is {self.head_hidden}; it must be at least 1")
-        if self.reverse_complement not in ("none", "augment", "shared"):
+        if self.reverse_complement not in ("none", "augment", "shared", "parity"):
             raise ValueError(
-                f"reverse_complement is {self.reverse_complement!r}; allowed are 'none', 'augment' and 'shared'"
+                f"reverse_complement is {self.reverse_complement!r}; allowed are 'none', 'augment', 'shared' and 'parity'"
             )
+        if self.reverse_complement == "parity":
+            check_parity(self.encoder)
 
 
 class AccessibilityModel(nn.Module):
@@ -49,6 +53,9 @@ class AccessibilityModel(nn.Module):
     where S turns the bins round and swaps stranded partners: y(Rx) = S y(x) whatever the weights. An output of a pair
     reads its own strand with its own row of the heads and the other strand with its partner's, of which the pair
     y+ = g(x), y- = S g(Rx) of Caduceus-PS (Schiff et al. 2024, section 4) is a special case.
+
+    With `parity` the same holds where only the heads run twice: h(Rx) reads the mirror image of the features of x, which
+    are those of Rx.
 
     Attributes:
         tracks: what each output is, in order.
@@ -74,13 +81,15 @@ class AccessibilityModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder)
+        if config.reverse_complement == "parity":
+            tie(self.encoder)
         self.heads = TrackHeads(
             tracks, config.encoder.width, hidden=config.head_hidden, dropout=config.encoder.dropout
         )
         self.tracks = tuple(tracks)
         self.bin_bp = self.encoder.bin_bp
         self.window_bp, self.margin_bp, self.assembly = window_bp, margin_bp, assembly
-        self.equivariant = config.reverse_complement == "shared"
+        self.equivariant = config.reverse_complement in ("shared", "parity")
         self.threshold = dict(threshold or {})
         self.provenance = dict(provenance or {})
 
@@ -96,8 +105,12 @@ class AccessibilityModel(nn.Module):
 
         float32, or float64 in a float64 model.
         """
-        strands = torch.cat([tokens, reverse_complement(tokens)]) if self.equivariant else tokens
-        raw: Tensor = self.heads(self.encoder(strands))
+        if self.config.reverse_complement == "shared":
+            tokens = torch.cat([tokens, reverse_complement(tokens)])
+        x_BLD: Tensor = self.encoder(tokens)
+        if self.config.reverse_complement == "parity":
+            x_BLD = torch.cat([x_BLD, mirrored(x_BLD)])
+        raw: Tensor = self.heads(x_BLD)
         if not self.equivariant:
             return raw
         own, other = raw.tensor_split(2)

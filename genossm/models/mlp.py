@@ -6,6 +6,7 @@ Letters: D width, I inner width, E experts, K experts of a position, T positions
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ class MixtureOfExperts(nn.Module):
 
         order = chosen_TK.flatten().argsort(stable=True)
         groups = torch.split(x_TD[order // self.per_token], choices_E.tolist())
+        up, down = self.up, self.down  # read once: tied ones are made whenever they are read
         sorted_outputs = torch.cat(
-            [_swiglu(group, self.up[e], self.down[e]) for e, group in enumerate(groups) if len(group)]
+            [_swiglu(group, up[e], down[e]) for e, group in enumerate(groups) if len(group)]
         )
         y_TKD = torch.unflatten(sorted_outputs[order.argsort()], 0, (-1, self.per_token))
         y_TD = torch.einsum("tkd,tk->td", y_TKD, gate_TK.to(y_TKD.dtype))
@@ -95,6 +97,12 @@ class MixtureOfExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the loss's graph, which copies and pickles of the module could not take."""
         return {**self.__dict__, "balance_loss": torch.zeros(())}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixtureOfExperts:
+        """As by default; `torch.nn.utils.parametrize` would not take the state above."""
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__dict__ = deepcopy(MixtureOfExperts.__getstate__(self), memo)
+        return copied
 
 
 def inner_width(width: int, ratio: float) -> int:

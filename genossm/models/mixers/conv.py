@@ -56,7 +56,7 @@ class DilatedConv(Mixer):
         reach = (kernel - 1) // 2 * sum(dilations)
         self.halo = (reach, reach)
         self.convolutions = nn.ModuleList(
-            _GatedConv(width, kernel, dilation, depthwise) for dilation in dilations
+            GatedConv(width, kernel, dilation, depthwise) for dilation in dilations
         )
         self.norms = nn.ModuleList(RMSNorm(width) for _ in dilations[1:])
 
@@ -74,7 +74,7 @@ class DilatedConv(Mixer):
         return core(y_BLD, left, right), None
 
 
-class _GatedConv(nn.Module):
+class GatedConv(nn.Module):
     """W (gelu(value) * sigmoid(gate)) of one dilation."""
 
     def __init__(self, width: int, kernel: int, dilation: int, depthwise: bool) -> None:

@@ -5,6 +5,8 @@ Letters: B batch, L length, D width, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,10 @@ class LSTM(Mixer):
         self.lstm = nn.LSTM(width, hidden, layers, batch_first=True, bidirectional=True)
         self.out_projection = nn.Linear(2 * hidden, width, bias=False)
         self._initialise()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.lstm.flatten_parameters()  # cuDNN wants a copy's weights side by side
 
     @torch.no_grad()
     def _initialise(self) -> None:
