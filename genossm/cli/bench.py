@@ -1,17 +1,51 @@
-"""`genossm bench`: measure the building blocks on this machine."""
+"""`genossm bench`: measure the building blocks, or whole encoders, on this machine."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import click
 
 from genossm.cli.console import show, to_json
-from genossm.cli.options import device_option
+from genossm.cli.options import Decorated, Decorator, device_option
 
 
-@click.command("bench", short_help="Check the scan kernels, then time them on this machine.")
-@click.argument("what", type=click.Choice(["kernels"]))
+class Benches(click.Group):
+    """The benchmarks; what the group was given (--json, --debug) may stand after their names as well."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, with the group's options."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            return None
+        command = copy.copy(command)
+        command.params = [*command.params, *ctx.command.params]
+        return command
+
+
+def file_options(*, markdown: str) -> Decorator[Any]:
+    """`--json-out FILE` and `--markdown FILE`, given to the command as `json_out` and `markdown_out`."""
+    path = click.Path(dir_okay=False, path_type=Path)
+
+    def decorate(command: Decorated) -> Decorated:
+        command = click.option("--markdown", "markdown_out", type=path, metavar="FILE", help=markdown)(
+            command
+        )
+        return click.option(
+            "--json-out", type=path, metavar="FILE", help="Also write the figures to this JSON file."
+        )(command)
+
+    return decorate
+
+
+@click.group("bench", cls=Benches, short_help="Check the scan kernels, then time them on this machine.")
+def command() -> None:
+    """Measure the scan kernels, or whole encoders, on this machine. Let nothing else run on it."""
+
+
+@command.command("kernels", short_help="Check the scan kernels, then time them.")
 @click.option(
     "--case",
     "cases",
@@ -38,22 +72,9 @@ from genossm.cli.options import device_option
     metavar="N",
     help="Heads of ssd, of 64 channels each. [default: 4; on a GPU 16]",
 )
-@click.option(
-    "--json-out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the figures to this JSON file.",
-)
-@click.option(
-    "--markdown",
-    "markdown_out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="On a GPU: also write the tables as Markdown.",
-)
+@file_options(markdown="On a GPU: also write the tables as Markdown.")
 @device_option()
-def command(
-    what: str,
+def kernels(
     cases: tuple[str, ...],
     quick: bool,
     peers: bool,
@@ -69,7 +90,6 @@ def command(
     ceilings allow; on a CPU (--device cpu) the PyTorch backend beside a loop step by step, whose gradient needs
     some GB. Run it on a quiet machine.
     """
-    from genossm.atomic import atomic_write_text
     from genossm.errors import GenossmError
     from genossm.pipelines.benchmark import measure_kernels
 
@@ -79,14 +99,118 @@ def command(
         )
 
     def save(result: object, markdown: str) -> None:
-        if json_out is not None:
-            atomic_write_text(json_out, to_json({"kernels": result}) + "\n")
-        if markdown_out is not None:
-            atomic_write_text(markdown_out, markdown)
+        _save({"kernels": result}, markdown, json_out, markdown_out)
 
     result, text, failures = measure_kernels(
         device=device, cases=cases, quick=quick, peers=peers, length=length, heads=heads, save=save
     )
-    show({what: result}, text)
+    show({"kernels": result}, text)
     if failures:
         raise GenossmError(f"these could not be measured: {'; '.join(failures)}")
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Names with commas between them; `none` for none."""
+    if value is None:
+        return None
+    return tuple(name.strip() for name in value.split(",") if name.strip() not in ("", "none"))
+
+
+@command.command("encoders", short_help="Time whole encoders: configurations, mixers and rivals.")
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Only this configuration, shipped or a YAML file; may be given often; none for none. [default: all shipped]",
+)
+@click.option(
+    "--mixers",
+    callback=_names,
+    metavar="A,B,...",
+    help="Only these mixers, with commas between; none for none. [default: all]",
+)
+@click.option(
+    "--like",
+    metavar="NAME|FILE",
+    help="The configuration whose width, layers, stem and number of parameters mixers and rivals have. "
+    "[default: accessibility-100kb]",
+)
+@click.option(
+    "--length", type=click.IntRange(min=1), metavar="N", help="Base pairs of a window. [default: 131072]"
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows at once. [default: each configuration's batch_size]",
+)
+@click.option(
+    "--growth/--no-growth", default=True, help="Also time one window of 16 kb to 1 Mb.", show_default=True
+)
+@click.option(
+    "--rivals/--no-rivals",
+    "with_rivals",
+    default=True,
+    show_default=True,
+    help="Also time a Transformer, and Mamba-2 in Caduceus' form: two passes and flips, by our kernels and by "
+    "mamba-ssm's where $PEER_PATH has them or they are installed.",
+)
+@click.option("--quick", is_flag=True, help="Fewer configurations, lengths and repetitions.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Begin no measurement later than this. [default: 240; with --quick 120]",
+)
+@file_options(markdown="Also write the tables as Markdown.")
+@device_option()
+def encoders(
+    configs: tuple[str, ...],
+    mixers: tuple[str, ...] | None,
+    like: str | None,
+    length: int | None,
+    batch: int | None,
+    growth: bool,
+    with_rivals: bool,
+    quick: bool,
+    time_limit: float | None,
+    json_out: Path | None,
+    markdown_out: Path | None,
+    device: str,
+) -> None:
+    """Time training steps and inference of whole encoders, in Mbp/s, with their memory.
+
+    Configurations as they are; then each mixer in an encoder of one size; then rivals of that size. In bfloat16 on a
+    GPU; on a CPU only with --quick, on a tiny encoder. Files are written again after each row.
+    """
+    from genossm.pipelines.benchmark_encoder_cases import EncoderBenchmark
+    from genossm.pipelines.benchmark_encoder_tables import markdown, text
+    from genossm.pipelines.benchmark_encoders import benchmark_encoders
+
+    def save(result: EncoderBenchmark) -> None:
+        _save({"encoders": result}, markdown(result), json_out, markdown_out)
+
+    result = benchmark_encoders(
+        device=device,
+        configs=tuple(name for name in configs if name != "none") if configs else None,
+        mixers=mixers,
+        like=like,
+        length=length,
+        batch=batch,
+        growth=growth,
+        with_rivals=with_rivals,
+        quick=quick,
+        time_limit_s=time_limit,
+        save=save,
+    )
+    show({"encoders": result}, text(result))
+
+
+def _save(data: dict[str, object], markdown: str, json_out: Path | None, markdown_out: Path | None) -> None:
+    from genossm.atomic import atomic_write_text
+
+    if json_out is not None:
+        atomic_write_text(json_out, to_json(data) + "\n")
+    if markdown_out is not None:
+        atomic_write_text(markdown_out, markdown)
