@@ -15,8 +15,10 @@ _HOMES = {
     "PreparedDataset": "genossm.dataset",
     "WindowDataset": "genossm.loaders",
     "check": "genossm.pipelines.check",
+    "compare": "genossm.pipelines.compare",
     "evaluate": "genossm.pipelines.evaluate",
     "load": "genossm.checkpoint",
+    "model_info": "genossm.pipelines.model_info",
     "predict": "genossm.pipelines.predict",
     "prepare": "genossm.pipelines.prepare",
     "simulate": "genossm.pipelines.simulate",
@@ -31,8 +33,10 @@ __all__ = [
     "WindowDataset",
     "__version__",
     "check",
+    "compare",
     "evaluate",
     "load",
+    "model_info",
     "predict",
     "prepare",
     "simulate",
@@ -47,7 +51,9 @@ if TYPE_CHECKING:
     from genossm.loaders import WindowDataset
     from genossm.models.accessibility import AccessibilityModel
     from genossm.pipelines.check import check
+    from genossm.pipelines.compare import compare
     from genossm.pipelines.evaluate import evaluate
+    from genossm.pipelines.model_info import model_info
     from genossm.pipelines.predict import predict
     from genossm.pipelines.prepare import prepare
     from genossm.pipelines.simulate import simulate

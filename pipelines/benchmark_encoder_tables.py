@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genossm.pipelines.benchmark_encoder_cases import Cost, EncoderBenchmark, EncoderRow, Group, kb
-from genossm.pipelines.benchmark_tables import Rows, _aligned, _piped
+from genossm.pipelines.benchmark_tables import Rows, aligned, piped
 
 TITLES: dict[Group, str] = {
     "configuration": "Configurations",
@@ -16,7 +16,7 @@ def text(result: EncoderBenchmark) -> str:
     """For a terminal."""
     parts = ["\n".join(f"{name:<10}{value}" for name, value in _facts(result))]
     parts += [
-        f"{title}\n{_aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
+        f"{title}\n{aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
     ]
     return "\n\n".join(parts)
 
@@ -26,7 +26,7 @@ def markdown(result: EncoderBenchmark) -> str:
     parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(result))]
     for title, rows, note in _tables(result):
         head, *body = rows
-        lines = [_piped(head), _piped(["---"] * len(head)), *(_piped(row) for row in body)]
+        lines = [piped(head), piped(["---"] * len(head)), *(piped(row) for row in body)]
         parts += [f"### {title}", "\n".join(lines)] + ([note] if note else [])
     return "\n\n".join(parts) + "\n"
 

@@ -15,7 +15,7 @@ def text(result: GpuBenchmark) -> str:
     """For a terminal."""
     parts = ["\n".join(f"{name:<10}{value}" for name, value in _facts(result))]
     parts += [
-        f"{title}\n{_aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
+        f"{title}\n{aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
     ]
     return "\n\n".join(parts)
 
@@ -25,7 +25,7 @@ def markdown(result: GpuBenchmark) -> str:
     parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(result))]
     for title, rows, note in _tables(result):
         head, *body = rows
-        lines = [_piped(head), _piped(["---"] * len(head)), *(_piped(row) for row in body)]
+        lines = [piped(head), piped(["---"] * len(head)), *(piped(row) for row in body)]
         parts += [f"### {title}", "\n".join(lines)] + ([note] if note else [])
     return "\n\n".join(parts) + "\n"
 
@@ -203,7 +203,7 @@ def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -215,5 +215,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _piped(cells: Sequence[str]) -> str:
+def piped(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

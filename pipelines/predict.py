@@ -69,9 +69,10 @@ def predict(
 
     Bin i covers [i*bin, min((i+1)*bin, chromosome length)), 0-based half-open. Values are probabilities for
     peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged unless the
-    model says otherwise (`reverse_complement` none or shared). Bins of which more than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed
-    grid, so a value depends neither on the batch size (up to rounding, see `predict_windows`) nor on what
-    else is predicted; regions see their context in the reference. The model computes in float32.
+    model's `reverse_complement` is `none`, or makes it symmetric by itself (`shared`, `parity`). Bins of which more
+    than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed grid, so a value
+    depends neither on the batch size (up to rounding, see `predict_windows`) nor on what else is predicted; regions
+    see their context in the reference. The model computes in float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "predict": "Predict every track along chromosomes, regions or sequences.",
     "simulate": "Write a small genome with planted, known regulatory grammar.",
     "demo": "Run the whole path on a simulated genome and write one report page.",
-    "bench": "Check the scan kernels, then time them on this machine.",
+    "bench": "Check and time the scan kernels, and whole encoders, on this machine.",
 }
 
 

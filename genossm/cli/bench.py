@@ -40,7 +40,9 @@ def file_options(*, markdown: str) -> Decorator[Any]:
     return decorate
 
 
-@click.group("bench", cls=Benches, short_help="Check the scan kernels, then time them on this machine.")
+@click.group(
+    "bench", cls=Benches, short_help="Check and time the scan kernels, and whole encoders, on this machine."
+)
 def command() -> None:
     """Measure the scan kernels, or whole encoders, on this machine. Let nothing else run on it."""
 

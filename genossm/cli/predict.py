@@ -55,8 +55,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **options: Any) -> None:
     """Predict all tracks of the model in RUN and write DIR/<track>.bw, a bigWig each, and DIR/run.json.
 
-    Bins of mostly N are gaps. The two strands are averaged. A killed command goes on where it stopped
-    when it is run again.
+    Bins of mostly N are gaps. The two strands are averaged, unless the model is symmetric by itself or was
+    trained on one. A killed command goes on where it stopped when it is run again.
     """
     _check_usage(options | {"chroms": chroms, "regions": regions})
     from genossm.pipelines.predict import predict
