@@ -423,3 +423,24 @@ def test_a_positionwise_norm_makes_training_and_evaluation_agree() -> None:
     assert not any(isinstance(module, nn.BatchNorm1d) for module in encoder.modules())
     tokens = random_tokens(2, 64)
     assert torch.equal(encoder(tokens), encoder.eval()(tokens))
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "h3", "mamba", "mamba2", "mamba3", "hydra"])
+def test_first_steps_are_as_short_as_asked(name: str) -> None:
+    torch.manual_seed(0)
+    shortest = {}
+    for dt_min in (1e-4, 1e-2):
+        mixer = small(pattern=(name,) * 8, dt_min=dt_min)
+        found = {key: value for key, value in mixer.named_parameters() if key.endswith(("dt_bias", "log_dt"))}
+        assert len(found) == 8
+        steps = torch.cat(
+            [
+                (value.exp() if key.endswith("log_dt") else torch.nn.functional.softplus(value)).flatten()
+                for key, value in found.items()
+            ]
+        )
+        assert steps.min() >= dt_min * 0.999 and steps.max() <= 0.1001
+        shortest[dt_min] = steps.min()
+    assert shortest[1e-4] < 1e-2
+    with pytest.raises(ValueError, match=r"dt_min is 0; it must be above 0 and at most 0\.1"):
+        small(pattern=(name,), dt_min=0)

@@ -40,6 +40,8 @@ class EncoderConfig:
         bidirectional: `fused` (directions share the convolution, x, B and C) or `tied` (they share the projections, as
             BiMamba) [mamba, mamba2].
         state: state size of a channel [s4, s4d, h3, mamba, mamba2, mamba3, hydra]; even for s4, s4d, h3 and mamba3.
+        dt_min: the shortest of the first step sizes [those of `state`]. The less, the farther layers look from the start: what
+            lies 1 / dt_min bins away should be worth seeing.
         head_dim: channels that share one decay [mamba2, mamba3, hydra] or one softmax [attention].
         expand: inner width of a mixer over `width` [s4, s4d, mamba, mamba2, mamba3, hydra].
         groups: heads share B and C within a group [mamba2, mamba3, hydra].
@@ -66,6 +68,7 @@ class EncoderConfig:
     decoder: DecoderConfig | None = None
     bidirectional: Bidirectional = "fused"
     state: int = 64
+    dt_min: float = 1e-3
     head_dim: int = 64
     expand: int = 2
     groups: int = 1

@@ -35,14 +35,14 @@ MIXERS: dict[MixerName, type[Mixer]] = {
 }
 
 FIELDS: dict[MixerName, tuple[str, ...]] = {
-    "s4": ("state", "expand"),
-    "s4d": ("state", "expand", "initialisation", "discretisation"),
-    "h3": ("state", "initialisation", "discretisation"),
+    "s4": ("state", "dt_min", "expand"),
+    "s4d": ("state", "dt_min", "expand", "initialisation", "discretisation"),
+    "h3": ("state", "dt_min", "initialisation", "discretisation"),
     "hyena": ("filter_bins", "conv_width"),
-    "mamba": ("state", "expand", "conv_width", "bidirectional"),
-    "mamba2": ("state", "head_dim", "expand", "groups", "conv_width", "bidirectional"),
-    "mamba3": ("state", "head_dim", "expand", "groups", "rank", "conv_width"),
-    "hydra": ("state", "head_dim", "expand", "groups", "conv_width"),
+    "mamba": ("state", "dt_min", "expand", "conv_width", "bidirectional"),
+    "mamba2": ("state", "dt_min", "head_dim", "expand", "groups", "conv_width", "bidirectional"),
+    "mamba3": ("state", "dt_min", "head_dim", "expand", "groups", "rank", "conv_width"),
+    "hydra": ("state", "dt_min", "head_dim", "expand", "groups", "conv_width"),
     "attention": ("window", "head_dim"),
     "conv": ("kernel", "dilations"),
     "lstm": (),

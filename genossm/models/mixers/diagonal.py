@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.models.mixers.hippo import legs_normal_low_rank
-from genossm.models.mixers.linear_ssm import LinearSSM, block_length, checked_sizes
+from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSM, block_length, checked_sizes
 
 Initialisation = Literal["legs", "lin"]
 Discretisation = Literal["zoh", "bilinear"]
@@ -57,11 +57,12 @@ class DiagonalSSM(LinearSSM):
         width: int,
         *,
         state: int = 64,
+        dt_min: float = DT_MIN,
         initialisation: Initialisation = "legs",
         discretisation: Discretisation = "zoh",
     ) -> None:
         checked_sizes(width, state)
-        super().__init__(width)
+        super().__init__(width, dt_min)
         self.discretisation = discretisation
         A = initial_poles(initialisation, state).expand(width, -1)
         self.log_A_real = nn.Parameter(torch.log(-A.real).to(self.log_dt.dtype))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.models.mixers.diagonal import DiagonalSSM, Discretisation, Initialisation
-from genossm.models.mixers.linear_ssm import checked_sizes
+from genossm.models.mixers.linear_ssm import DT_MIN, checked_sizes
 from genossm.models.mixers.long_conv import fft_convolve
 from genossm.models.mixers.mixer import Mixer, State, core
 
@@ -36,6 +36,7 @@ class H3(Mixer):
         width: D.
         state: N, real size of the state of SSM_diag for each channel.
         shift: S.
+        dt_min: the shortest of the first step sizes of SSM_diag.
         initialisation, discretisation: of SSM_diag, as for `S4D`.
     """
 
@@ -54,6 +55,7 @@ class H3(Mixer):
         *,
         state: int = 64,
         shift: int = 64,
+        dt_min: float = DT_MIN,
         initialisation: Initialisation = "lin",
         discretisation: Discretisation = "zoh",
     ) -> None:
@@ -69,7 +71,7 @@ class H3(Mixer):
         self.shift_filter = nn.Parameter(torch.empty(width, taps).uniform_(-1, 1) / math.sqrt(taps))
         self.shift_D = nn.Parameter(torch.randn(width))
         self.ssm = DiagonalSSM(
-            width, state=state, initialisation=initialisation, discretisation=discretisation
+            width, state=state, dt_min=dt_min, initialisation=initialisation, discretisation=discretisation
         )
         self.out_projection = nn.Linear(width, width)
 

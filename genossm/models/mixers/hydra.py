@@ -17,7 +17,7 @@ from genossm.kernels.arguments import accumulation
 from genossm.kernels.gated_norm import gated_rms_norm
 from genossm.kernels.short_conv import short_conv
 from genossm.kernels.ssd import ssd
-from genossm.models.mixers.mamba2 import check_sizes, conv_halo, head_count, initial_dt_bias
+from genossm.models.mixers.mamba2 import DT_MIN, check_sizes, conv_halo, head_count, initial_dt_bias
 from genossm.models.mixers.mixer import Mixer, State, core
 
 
@@ -49,6 +49,7 @@ class Hydra(Mixer):
         state: N, size of the state of each channel.
         head_dim: P; must divide expand * width.
         expand: E / D.
+        dt_min: the shortest of the first step sizes; a bin is remembered for about 1 / (dt A) bins.
         groups: G, heads that share B and C.
         conv_width: width of the depthwise convolution; an even one sees one position more on the right.
     """
@@ -63,6 +64,7 @@ class Hydra(Mixer):
         state: int = 64,
         head_dim: int = 64,
         expand: int = 2,
+        dt_min: float = DT_MIN,
         groups: int = 1,
         conv_width: int = 7,
     ) -> None:
@@ -83,13 +85,13 @@ class Hydra(Mixer):
         self.diagonal = nn.Linear(inner, self.heads, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(inner))
         self.out_projection = nn.Linear(inner, width, bias=False)
-        self._initialise()
+        self._initialise(dt_min)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, dt_min: float) -> None:
         bound = 1 / math.sqrt(self.conv_weight.shape[1])
         self.conv_weight.uniform_(-bound, bound)
-        self.dt_bias.copy_(initial_dt_bias(self.dt_bias))
+        self.dt_bias.copy_(initial_dt_bias(self.dt_bias, dt_min))
 
     def mix(
         self,

@@ -35,9 +35,11 @@ class LinearSSM(nn.Module):
     A subclass has the parameters log_dt (D,), log-uniform in [0.001, 0.1] at first, and D (D,), at first normal.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dt_min: float) -> None:
         super().__init__()
-        self.log_dt = nn.Parameter(torch.empty(width).uniform_(math.log(DT_MIN), math.log(DT_MAX)))
+        if not 0 < dt_min <= DT_MAX:
+            raise ValueError(f"dt_min is {dt_min}; it must be above 0 and at most {DT_MAX}")
+        self.log_dt = nn.Parameter(torch.empty(width).uniform_(math.log(dt_min), math.log(DT_MAX)))
         self.D = nn.Parameter(torch.randn(width))
 
     def kernels(self, length: int) -> Tensor:

@@ -16,6 +16,7 @@ from genossm.kernels.arguments import Direction, States, accumulation
 from genossm.kernels.selective_scan import selective_scan
 from genossm.kernels.short_conv import short_conv
 from genossm.models.mixers.mamba2 import (
+    DT_MIN,
     Bidirectional,
     both_states,
     check_bidirectional,
@@ -51,6 +52,7 @@ class Mamba(Mixer):
         width: D.
         state: N, size of the state of each channel.
         expand: E / D.
+        dt_min: the shortest of the first step sizes; a bin is remembered for about 1 / (dt A) bins.
         conv_width: width of the depthwise convolution; None takes 4 (Mamba's) for `tied`, and 5, which can be
             centred, for `fused`. An even centred one sees one position more on the right.
         dt_rank: R; None takes width / 16, rounded up.
@@ -66,6 +68,7 @@ class Mamba(Mixer):
         *,
         state: int = 16,
         expand: int = 2,
+        dt_min: float = DT_MIN,
         conv_width: int | None = None,
         dt_rank: int | None = None,
         bidirectional: Bidirectional = "fused",
@@ -93,14 +96,14 @@ class Mamba(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(inner, 2))
         self.D = nn.Parameter(torch.ones(inner, *own))
         self.out_projection = nn.Linear(inner, width, bias=False)
-        self._initialise()
+        self._initialise(dt_min)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, dt_min: float) -> None:
         bound = 1 / math.sqrt(self.conv_weight.shape[-1])
         self.conv_weight.uniform_(-bound, bound)
         self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1).log()[:, None].expand_as(self.A_log))
-        self.dt_bias.copy_(initial_dt_bias(self.dt_bias))
+        self.dt_bias.copy_(initial_dt_bias(self.dt_bias, dt_min))
         for projection in self.dt_projection:
             assert isinstance(projection, nn.Linear)
             bound = 1 / math.sqrt(projection.in_features)

@@ -49,6 +49,7 @@ class Mamba2(Mixer):
         state: N, size of the state of each channel.
         head_dim: P; must divide expand * width.
         expand: E / D.
+        dt_min: the shortest of the first step sizes; a bin is remembered for about 1 / (dt A) bins.
         groups: G, heads that share B and C.
         conv_width: width of the depthwise convolution; an even centred one sees one position more on the right.
         bidirectional: `fused` or `tied`.
@@ -64,6 +65,7 @@ class Mamba2(Mixer):
         state: int = 64,
         head_dim: int = 64,
         expand: int = 2,
+        dt_min: float = DT_MIN,
         groups: int = 1,
         conv_width: int = 5,
         bidirectional: Bidirectional = "fused",
@@ -87,14 +89,14 @@ class Mamba2(Mixer):
         self.D = nn.Parameter(torch.ones(self.heads, *own))
         self.norm = GatedRMSNorm(inner)
         self.out_projection = nn.Linear(inner, width, bias=False)
-        self._initialise()
+        self._initialise(dt_min)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, dt_min: float) -> None:
         bound = 1 / math.sqrt(self.conv_weight.shape[-1])
         self.conv_weight.uniform_(-bound, bound)
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(A_MIN, A_MAX).log())
-        self.dt_bias.copy_(initial_dt_bias(self.dt_bias))
+        self.dt_bias.copy_(initial_dt_bias(self.dt_bias, dt_min))
 
     def mix(
         self,
@@ -180,9 +182,15 @@ class Mamba2(Mixer):
         return result
 
 
-def initial_dt_bias(like: Tensor) -> Tensor:
-    """The inverse of softplus of steps that are log-uniform in [DT_MIN, DT_MAX], shaped like the tensor."""
-    dt = torch.empty_like(like).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+def initial_dt_bias(like: Tensor, dt_min: float) -> Tensor:
+    """The inverse of softplus of steps that are log-uniform in [dt_min, DT_MAX], shaped like the tensor.
+
+    Raises:
+        ValueError: dt_min is not between 0 and DT_MAX.
+    """
+    if not 0 < dt_min <= DT_MAX:
+        raise ValueError(f"dt_min is {dt_min}; it must be above 0 and at most {DT_MAX}")
+    dt = torch.empty_like(like).uniform_(math.log(dt_min), math.log(DT_MAX)).exp()
     return dt + torch.log(-torch.expm1(-dt))
 
 

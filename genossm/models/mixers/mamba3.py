@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genossm.kernels.arguments import accumulation, step_sizes
 from genossm.kernels.short_conv import short_conv
 from genossm.kernels.ssd import ssd
-from genossm.models.mixers.mamba2 import check_sizes, conv_halo, head_count, initial_dt_bias
+from genossm.models.mixers.mamba2 import DT_MIN, check_sizes, conv_halo, head_count, initial_dt_bias
 from genossm.models.mixers.mixer import Mixer, State, core
 from genossm.models.mixers.trapezoid import input_weights, phases, rank_steps, rotated
 
@@ -70,6 +70,7 @@ class Mamba3(Mixer):
         state: N, real numbers in the state of each channel; even.
         head_dim: P; must divide expand * width.
         expand: E / D.
+        dt_min: the shortest of the first step sizes; a bin is remembered for about 1 / (dt A) bins.
         groups: G, heads that share B, C and the angles.
         rank: R, inputs and outputs that share a state (MIMO); 1 for none.
         conv_width: width of a centred depthwise convolution of x, B and C; 0 for none.
@@ -85,6 +86,7 @@ class Mamba3(Mixer):
         state: int = 64,
         head_dim: int = 64,
         expand: int = 2,
+        dt_min: float = DT_MIN,
         groups: int = 1,
         rank: int = 1,
         conv_width: int = 0,
@@ -116,14 +118,14 @@ class Mamba3(Mixer):
             self.rank_gate = nn.Parameter(torch.ones(rank, self.heads, head_dim))
             self.rank_out = nn.Parameter(torch.full((rank, self.heads, head_dim), 1 / rank))
         self.out_projection = nn.Linear(inner, width, bias=False)
-        self._initialise()
+        self._initialise(dt_min)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, dt_min: float) -> None:
         if self.conv_width:
             bound = 1 / math.sqrt(self.conv_width)
             self.conv_weight.uniform_(-bound, bound)
-        self.dt_bias.copy_(initial_dt_bias(self.dt_bias))
+        self.dt_bias.copy_(initial_dt_bias(self.dt_bias, dt_min))
 
     def mix(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from genossm.models.mixers.hippo import legs_normal_low_rank
-from genossm.models.mixers.linear_ssm import LinearSSM, LinearSSMBlock, block_length, checked_sizes
+from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSM, LinearSSMBlock, block_length, checked_sizes
 
 CAUCHY_ELEMENTS = 1 << 21
 """Terms of the Cauchy sums that are in memory at a time, of 8 bytes and a few times over."""
@@ -33,9 +33,9 @@ class LowRankSSM(LinearSSM):
     (B, D, N): sqrt(2) (Re z, Im z) of the conjugate pairs z, coordinates in which A is real and unitarily the same.
     """
 
-    def __init__(self, width: int, *, state: int = 64) -> None:
+    def __init__(self, width: int, *, state: int = 64, dt_min: float = DT_MIN) -> None:
         checked_sizes(width, state)
-        super().__init__(width)
+        super().__init__(width, dt_min)
         Lambda, P, B = (vector.expand(width, -1) for vector in legs_normal_low_rank(state))
         dtype = self.log_dt.dtype
         self.log_A_real = nn.Parameter(torch.log(-Lambda.real).to(dtype))
@@ -126,6 +126,7 @@ class S4(LinearSSMBlock):
         width: D.
         state: N, real size of the state of each channel.
         expand: channels of the state-space model / D.
+        dt_min: the shortest of the first step sizes.
     """
 
     state_parameters: tuple[str, ...] = (
@@ -138,9 +139,9 @@ class S4(LinearSSMBlock):
     )
     ssm: LowRankSSM
 
-    def __init__(self, width: int, *, state: int = 64, expand: int = 1) -> None:
+    def __init__(self, width: int, *, state: int = 64, expand: int = 1, dt_min: float = DT_MIN) -> None:
         checked_sizes(width, state, expand)
-        super().__init__(width, expand, LowRankSSM(expand * width, state=state))
+        super().__init__(width, expand, LowRankSSM(expand * width, state=state, dt_min=dt_min))
 
 
 def _generating_function(angle_F: Tensor, rows_RDM: Tensor, Lambda_DM: Tensor, dt_D: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from genossm.models.mixers.diagonal import DiagonalSSM, Discretisation, Initialisation
-from genossm.models.mixers.linear_ssm import LinearSSMBlock, checked_sizes
+from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSMBlock, checked_sizes
 
 
 class S4D(LinearSSMBlock):
@@ -22,6 +22,7 @@ class S4D(LinearSSMBlock):
         width: D.
         state: N, real size of the state of each channel; N / 2 conjugate pairs are kept.
         expand: channels of the state-space model / D.
+        dt_min: the shortest of the first step sizes.
         initialisation: of A: "legs" (S4D-LegS) or "lin" (S4D-Lin).
         discretisation: "zoh" (zero-order hold) or "bilinear".
     """
@@ -35,12 +36,17 @@ class S4D(LinearSSMBlock):
         *,
         state: int = 64,
         expand: int = 1,
+        dt_min: float = DT_MIN,
         initialisation: Initialisation = "legs",
         discretisation: Discretisation = "zoh",
     ) -> None:
         checked_sizes(width, state, expand)
         ssm = DiagonalSSM(
-            expand * width, state=state, initialisation=initialisation, discretisation=discretisation
+            expand * width,
+            state=state,
+            dt_min=dt_min,
+            initialisation=initialisation,
+            discretisation=discretisation,
         )
         super().__init__(width, expand, ssm)
 
