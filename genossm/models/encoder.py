@@ -40,8 +40,8 @@ class EncoderConfig:
         bidirectional: `fused` (directions share the convolution, x, B and C) or `tied` (they share the projections, as
             BiMamba) [mamba, mamba2].
         state: state size of a channel [s4, s4d, h3, mamba, mamba2, mamba3, hydra]; even for s4, s4d, h3 and mamba3.
-        dt_min: the shortest of the first step sizes [those of `state`]. The less, the farther layers look from the start: what
-            lies 1 / dt_min bins away should be worth seeing.
+        dt_min: the shortest of the first step sizes [s4, s4d, h3, mamba, mamba2, mamba3, hydra]: the less, the farther a layer
+            looks from the start. 1 / dt_min should be about the bins that matter on each side.
         head_dim: channels that share one decay [mamba2, mamba3, hydra] or one softmax [attention].
         expand: inner width of a mixer over `width` [s4, s4d, mamba, mamba2, mamba3, hydra].
         groups: heads share B and C within a group [mamba2, mamba3, hydra].
