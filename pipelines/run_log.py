@@ -84,6 +84,7 @@ class RunLog(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
+        pl_module.check_gradient()  # before anything of this epoch is written
         row: Row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,

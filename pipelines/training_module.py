@@ -54,6 +54,7 @@ class TrainingModule(lightning.LightningModule):
         weights = torch.tensor([config.track_weights.get(track.name, 1.0) for track in model.tracks])
         self.register_buffer("track_weights", weights / weights.sum(), persistent=False)
         self.epoch_losses: list[Tensor] = []
+        self._last_gradient: tuple[int, Tensor] | None = None
         self.validation: dict[str, float] = {}
         self.thresholds: dict[str, float] = {}
         self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -86,10 +87,19 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        self.check_gradient()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self._last_gradient = (self.global_step, norm)
+
+    def check_gradient(self) -> None:
+        """Stop where the last step's gradient was not finite. Not asked at once: a device would wait for the host's next launch."""
+        if self._last_gradient is None:
+            return
+        step, norm = self._last_gradient
+        self._last_gradient = None
         if not torch.isfinite(norm):
             raise TrainingError(
-                f"the gradient became {norm.item()} at step {self.global_step}; "
+                f"the gradient became {norm.item()} at step {step}; "
                 "lower train.learning_rate and start again, or resume from the last whole epoch"
             )
 
@@ -98,6 +108,7 @@ class TrainingModule(lightning.LightningModule):
             self.average.update_parameters(self.model)
 
     def on_validation_epoch_start(self) -> None:
+        self.check_gradient()
         self._outputs = []
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -151,6 +162,7 @@ class TrainingModule(lightning.LightningModule):
             parameter_groups(self.model, config),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            fused=next(self.model.parameters()).is_cuda,
         )
         warmup = max(1, round(config.warmup_fraction * self.total_steps))
 

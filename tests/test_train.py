@@ -334,6 +334,16 @@ def test_a_gradient_that_is_not_finite_stops_with_a_sentence(
         gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
 
 
+def test_the_last_gradient_is_looked_at_before_anything_is_saved(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    one_step = ["train.epochs=1", "train.windows_per_epoch=1", "train.batch_size=1"]
+    with pytest.raises(TrainingError, match="the gradient became nan at step 0"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu", overrides=one_step)
+    assert not list((tmp_path / "run").glob("*.ckpt")) + list((tmp_path / "run").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_told_and_is_no_success(
     config: Path,
