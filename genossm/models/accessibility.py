@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genossm.models.encoder import Encoder, EncoderConfig
 from genossm.models.heads import TrackHead, TrackHeads
 from genossm.models.parity import check_parity, mirrored, tie
+from genossm.models.stream import Advance, Keep, Read, stream
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,84 @@ class AccessibilityModel(nn.Module):
             return values
         other = self.heads.values(self(reverse_complement(tokens)))
         return (values + self.heads.other_strand(other)) / 2
+
+    def stream(
+        self,
+        tokens: Tensor | Read,
+        *,
+        chunk_bp: int,
+        length: int | None = None,
+        keep: Keep = "cpu",
+        advance: Advance | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `predict` gives of a whole sequence, chunk after chunk, whatever the chunks (`Encoder.stream`).
+
+        With `augment` and `shared` the other strand is streamed first, and its outputs wait on the host: a number per
+        bin and track.
+
+        Args:
+            tokens: (batch, length), on any device; or a function of (start, end) that gives (batch, end - start).
+            chunk_bp: base pairs of a chunk, a multiple of the trunk's bin; the last chunk may be shorter.
+            length: base pairs of the sequence, a multiple of the trunk's bin; only where tokens are a function.
+            keep: where features between layers wait: `cpu`, `device`, or a folder, in a temporary file without a name.
+            advance: told each share of the work when it is done; all shares make 1.
+
+        Yields:
+            the first bin of a chunk, and its values (batch, bins, tracks), from left to right.
+
+        Raises:
+            ValueError: the model is in training mode, or has a mixer that cannot stream, or lengths do not fit.
+        """
+        both = self.strands == "averaged" or self.config.reverse_complement == "shared"
+
+        def told(share: float) -> None:
+            if advance is not None:
+                advance(share / 2 if both else share)
+
+        own = stream(self.encoder, tokens, chunk_bp=chunk_bp, length=length, keep=keep, advance=told)
+        total = tokens.shape[1] if isinstance(tokens, Tensor) else length
+        assert total is not None  # stream has seen to it
+        if not both:
+            return self._streamed(own, None, total)
+
+        def read_other(start: int, end: int) -> Tensor:
+            low, high = total - end, total - start
+            return reverse_complement(
+                tokens[:, low:high] if isinstance(tokens, Tensor) else tokens(low, high)
+            )
+
+        other = stream(self.encoder, read_other, chunk_bp=chunk_bp, length=total, keep=keep, advance=told)
+        return self._streamed(own, other, total)
+
+    @torch.no_grad()
+    def _streamed(
+        self, own: Iterator[tuple[int, Tensor]], other: Iterator[tuple[int, Tensor]] | None, length: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Values from the features of one strand, or of both: the mean of raw outputs where equivariant, else of values."""
+        on_other = None if other is None else self._on_other_strand(other, length // self.bin_bp)
+        for first, x_BLD in own:
+            outputs = self._outputs(x_BLD)
+            if on_other is not None:
+                there = on_other[:, first : first + outputs.shape[1]].to(outputs.device)
+                outputs = (outputs + there) / 2
+            elif self.config.reverse_complement == "parity":
+                outputs = (outputs + self.heads.other_strand(self._outputs(mirrored(x_BLD)))) / 2
+            yield first, self.heads.values(outputs) if self.equivariant else outputs
+
+    def _on_other_strand(self, other: Iterator[tuple[int, Tensor]], bins: int) -> Tensor:
+        """The outputs of the other strand (batch, bins, tracks) as those of the strand itself, on the host."""
+        collected: Tensor | None = None
+        for first, x_BLD in other:
+            outputs = self.heads.other_strand(self._outputs(x_BLD)).cpu()
+            if collected is None:
+                collected = outputs.new_empty(len(outputs), bins, len(self.tracks))
+            collected[:, bins - first - outputs.shape[1] : bins - first] = outputs
+        assert collected is not None  # a sequence has a chunk
+        return collected
+
+    def _outputs(self, x_BLD: Tensor) -> Tensor:
+        raw: Tensor = self.heads(x_BLD)
+        return raw if self.equivariant else self.heads.values(raw)
 
 
 def reverse_complement(tokens: Tensor) -> Tensor:

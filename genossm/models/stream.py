@@ -2,14 +2,18 @@
 
 A layer runs over the whole sequence before the next one begins: its recurrent mixer sweeps from right to left for the
 states that enter each chunk from its right, then all that the layer does goes from left to right. Between layers the
-features wait in a `ChunkStore`; what the device holds is one chunk with its halo, and what the layer makes of it.
+features wait in a `ChunkStore`, on the device, in the host's memory or in a file; what the device computes on is one chunk
+with its halo.
 
 Letters: B batch, L length in trunk bins, D width.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -20,8 +24,9 @@ from genossm.models.mixers.mixer import Mixer, State
 if TYPE_CHECKING:
     from genossm.models.encoder import Encoder, Layer
 
-Keep = Literal["cpu", "device"]
+Keep = Literal["cpu", "device"] | Path
 Read = Callable[[int, int], Tensor]
+Advance = Callable[[float], object]
 
 
 class ChunkStore:
@@ -62,18 +67,64 @@ class ChunkStore:
             parts.append(self.get(index, max(start, first) - first, min(stop, last) - first))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def close(self) -> None:
+        """Give up what is kept."""
+        self._chunks.clear()
+
+
+class FileStore(ChunkStore):
+    """A store whose chunks wait in a file of `folder` that has no name there: it is gone when closed, even by a kill.
+
+    Chunks are written position by position, so that any part of one is a single read.
+    """
+
+    def __init__(self, length: int, chunk: int, *, folder: Path, used_on: torch.device) -> None:
+        super().__init__(length, chunk, kept_on=torch.device("cpu"), used_on=used_on)
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._layouts: dict[int, tuple[torch.dtype, torch.Size]] = {}
+
+    def put(self, index: int, x_BLD: Tensor) -> None:
+        x_LBD = x_BLD.to(self.kept_on).transpose(0, 1).contiguous()
+        self._layouts[index] = x_LBD.dtype, x_LBD.shape
+        self._file.seek(self._offset(index, x_LBD.shape))
+        self._file.write(x_LBD.view(torch.uint8).numpy().data)
+
+    def get(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
+        dtype, shape = self._layouts[index]
+        start, stop, _ = slice(start, stop).indices(shape[0])
+        x_LBD = torch.empty(stop - start, *shape[1:], dtype=dtype)
+        self._file.seek(self._offset(index, shape) + start * shape[1:].numel() * dtype.itemsize)
+        if self._file.readinto(x_LBD.view(torch.uint8).numpy().data) != x_LBD.nbytes:
+            raise OSError("the file of features ended early")
+        return x_LBD.transpose(0, 1).contiguous().to(self.used_on)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _offset(self, index: int, shape: torch.Size) -> int:
+        """Where a chunk's bytes begin: there is room for float64, as dtypes may differ; holes take no space."""
+        return index * self.chunk * shape[1:].numel() * 8
+
 
 def stream(
-    encoder: Encoder, tokens: Tensor | Read, *, chunk_bp: int, length: int | None = None, keep: Keep = "cpu"
+    encoder: Encoder,
+    tokens: Tensor | Read,
+    *,
+    chunk_bp: int,
+    length: int | None = None,
+    keep: Keep = "cpu",
+    advance: Advance | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """See `Encoder.stream`."""
+    """See `Encoder.stream`; `advance` is told each share of the work when it is done, which make 1 together."""
     if encoder.training:
         raise ValueError(
             "the encoder is in training mode, in which batch statistics and dropout differ from chunk to chunk; "
             "call eval() first"
         )
-    if keep not in ("cpu", "device"):
-        raise ValueError(f"keep is {keep!r}; allowed are 'cpu' and 'device'")
+    if keep not in ("cpu", "device") and not isinstance(keep, Path):
+        raise ValueError(f"keep is {keep!r}; allowed are 'cpu' and 'device', and the Path of a folder")
+    if isinstance(keep, Path) and not keep.is_dir():
+        raise ValueError(f"keep is {str(keep)!r}, which is no folder; make it first")
     for mixer in encoder.mixers():
         _ = mixer.halo  # one that cannot stream refuses here
     trunk_bp = encoder.trunk_bp
@@ -88,28 +139,51 @@ def stream(
             f"the length {length} is no multiple of the bin of {trunk_bp} bp; pad the end with code 4"
         )
     device = encoder.norm.weight.device
-    kept_on = torch.device("cpu") if keep == "cpu" else device
-    store = ChunkStore(length // trunk_bp, chunk_bp // trunk_bp, kept_on=kept_on, used_on=device)
-    return _stream(encoder, _reader(tokens, device), store)
+    bins, chunk = length // trunk_bp, chunk_bp // trunk_bp
+
+    def make_store() -> ChunkStore:
+        if isinstance(keep, Path):
+            return FileStore(bins, chunk, folder=keep, used_on=device)
+        kept_on = torch.device("cpu") if keep == "cpu" else device
+        return ChunkStore(bins, chunk, kept_on=kept_on, used_on=device)
+
+    return _stream(encoder, _reader(tokens, device), make_store, advance)
 
 
 @torch.no_grad()
-def _stream(encoder: Encoder, read: Read, store: ChunkStore) -> Iterator[tuple[int, Tensor]]:
-    for index in range(len(store)):
-        store.put(index, _stem(encoder, read, store, *store.bounds(index))[0])
-    for layer in encoder.layers:
-        _run(cast("Layer", layer), store)
-    for index in range(len(store)):
-        start, stop = store.bounds(index)
-        if encoder.decoder is None:
-            yield start, encoder.norm(store.get(index))
-            continue
-        halo = encoder.decoder.halo
-        first, last = max(0, start - halo), min(store.length, stop + halo)
-        _, finer = _stem(encoder, read, store, first, last, encoder.decoder.finer)
-        decoded_BLD = encoder.decoder(encoder.norm(store.read(first, last)), finer)
-        factor = encoder.trunk_bp // encoder.bin_bp
-        yield start * factor, decoded_BLD[:, (start - first) * factor : (stop - first) * factor]
+def _stream(
+    encoder: Encoder, read: Read, make_store: Callable[[], ChunkStore], advance: Advance | None
+) -> Iterator[tuple[int, Tensor]]:
+    with closing(make_store()) as store:
+        recurrent = sum(mixer.recurrent for mixer in encoder.mixers())
+        steps = len(store) * (len(encoder.layers) + 2) + (len(store) - 1) * recurrent
+
+        def step() -> None:
+            if advance is not None:
+                advance(1 / steps)
+
+        for index in range(len(store)):
+            store.put(index, _stem(encoder, read, store, *store.bounds(index))[0])
+            step()
+        for layer in encoder.layers:
+            _run(cast("Layer", layer), store, step)
+        for index in range(len(store)):
+            first, features_BLD = _decoded(encoder, read, store, index)
+            step()
+            yield first, features_BLD
+
+
+def _decoded(encoder: Encoder, read: Read, store: ChunkStore, index: int) -> tuple[int, Tensor]:
+    """The first output bin of a chunk, and the encoder's output there."""
+    start, stop = store.bounds(index)
+    if encoder.decoder is None:
+        return start, encoder.norm(store.get(index))
+    halo = encoder.decoder.halo
+    first, last = max(0, start - halo), min(store.length, stop + halo)
+    _, finer = _stem(encoder, read, store, first, last, encoder.decoder.finer)
+    decoded_BLD = encoder.decoder(encoder.norm(store.read(first, last)), finer)
+    factor = encoder.trunk_bp // encoder.bin_bp
+    return start * factor, decoded_BLD[:, (start - first) * factor : (stop - first) * factor]
 
 
 def _stem(
@@ -128,10 +202,10 @@ def _stem(
     return x_BLD[:, before : before + bins], cut
 
 
-def _run(layer: Layer, store: ChunkStore) -> None:
+def _run(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> None:
     """One layer over all chunks, in place."""
     mixer = layer.mixer
-    entering = _leftward(layer, store) if mixer.recurrent else {}
+    entering = _leftward(layer, store, step) if mixer.recurrent else {}
     state: State | None = None
     behind_BLD: Tensor | None = (
         None  # the layer's input on the left, of which the store has the output already
@@ -148,9 +222,10 @@ def _run(layer: Layer, store: ChunkStore) -> None:
         mixed_BLD, state = mixer.mix(layer.mixer_norm(x_BLD), left, right, state, from_right)
         behind_BLD = x_BLD[:, max(0, done - mixer.halo[0]) : done].clone()
         store.put(index, layer.joined(x_BLD[:, left:done], mixed_BLD))
+        step()
 
 
-def _leftward(layer: Layer, store: ChunkStore) -> dict[int, State | None]:
+def _leftward(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> dict[int, State | None]:
     """The state that enters each chunk but the last from its right, where the store keeps chunks."""
     mixer: Mixer = layer.mixer
     entering: dict[int, State | None] = {}
@@ -161,6 +236,7 @@ def _leftward(layer: Layer, store: ChunkStore) -> dict[int, State | None]:
         x_BLD = layer.mixer_norm(store.read(start - left, stop + right))
         state = mixer.leftward(x_BLD, left, right, state)
         entering[index - 1] = _moved(state, store.kept_on)
+        step()
     return entering
 
 
