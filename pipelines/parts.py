@@ -35,6 +35,7 @@ class Parts:
             refused.
         selection: windows in genome order.
         tracks: number of tracks.
+        windows_per_part: windows of a part, where a part is not there yet.
 
     Raises:
         DataError: the folder holds parts of another prediction and `force` was not given.
@@ -48,12 +49,12 @@ class Parts:
         tracks: int,
         *,
         force: bool = False,
+        windows_per_part: int = WINDOWS_PER_PART,
     ) -> None:
         self.folder = folder / ".parts"
         self.selection = selection
         self.tracks = tracks
         plan = self.folder / "plan.json"
-        windows_per_part = WINDOWS_PER_PART
         if plan.is_file():
             stored = _read_plan(plan)
             if stored.get("identity") == identity:

@@ -6,32 +6,40 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from genossm import __version__
 from genossm.atomic import atomic_write_text
 from genossm.checkpoint import load
-from genossm.errors import ConfigError, DataError
+from genossm.errors import ConfigError, DataError, FileError
 from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
+from genossm.pipelines.chromosome import (
+    chosen_chunk_bp,
+    predict_chromosomes,
+    whole_chromosomes,
+)
 from genossm.pipelines.collect import collect, file_names
 from genossm.pipelines.device import describe, pick_device
-from genossm.pipelines.parts import Parts
+from genossm.pipelines.parts import WINDOWS_PER_PART, Parts
 from genossm.pipelines.selection import Selection, select
 from genossm.pipelines.windowed import placed, predict_chromosome, predict_windows
 from genossm.progress import progress, say
 from genossm.version import versions
+from genossm.windows import Window
 
 __all__ = ["PredictionResult", "predict", "predict_chromosome"]
 
-MODES = ("windows",)
+MODES = ("windows", "chromosome")
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -58,6 +66,8 @@ def predict(
     bed: str | os.PathLike[str] | None = None,
     sequences: str | os.PathLike[str] | None = None,
     mode: str = "windows",
+    chunk_bp: int | None = None,
+    spill: str | os.PathLike[str] | None = None,
     batch_size: int = 4,
     device: str = "auto",
     hdf5: bool = False,
@@ -71,8 +81,8 @@ def predict(
     peaks and expected values per bin (in the track's own aggregate) for signal, both strands averaged unless the
     model's `reverse_complement` is `none`, or makes it symmetric by itself (`shared`, `parity`). Bins of which more
     than half is N, and bins outside the regions asked for, are gaps. The windows lie on a fixed grid, so a value
-    depends neither on the batch size (up to rounding, see `predict_windows`) nor on what else is predicted; regions
-    see their context in the reference. The model computes in float32.
+    depends neither on the batch size or the chunks (up to rounding, see `predict_windows`) nor on what else is
+    predicted; regions see their context in the reference. The model computes in float32.
 
     A killed run goes on where it stopped when it is started again; a finished one is left as it is.
 
@@ -85,8 +95,12 @@ def predict(
         regions: regions such as "chr1:1000-2000" (0-based half-open); bins that overlap them are written.
         bed: the same from a BED file.
         sequences: a FASTA of sequences without coordinates; gives HDF5 arrays `/<record>/predictions`.
-        mode: "windows": tiles of the training window, margins cropped.
-        batch_size: windows at once, across chromosomes too.
+        mode: "windows": tiles of the training window, margins cropped. "chromosome": every chromosome that is named,
+            or holds a region, as one sequence.
+        chunk_bp: base pairs of it at once, a multiple of the trunk's bin; by default 2^20 on CUDA and 2^18 on a CPU.
+        spill: a folder that is there, for a temporary file of the features between layers [mode chromosome]. By
+            default they wait in memory where that is enough, and otherwise in a file in `out`.
+        batch_size: windows at once, across chromosomes too [mode windows].
         device: auto, cuda, cuda:N or cpu.
         hdf5: write `predictions.h5` as well.
         call_peaks: call regions of each peaks track.
@@ -95,16 +109,19 @@ def predict(
         force: replace what is in `out`, another prediction or a finished one.
 
     Raises:
-        ConfigError: options that exclude each other, or a mode that is not there.
+        ConfigError: options that exclude each other, a mode that is not there, or one that the model cannot run in.
         DataError: names or regions that do not fit the genome, or `out` holds another prediction.
         CheckpointError, FileError, DeviceError: the model, a file or the device is not usable.
     """
-    _check_options(genome, sequences, chroms, regions, bed, mode, batch_size, call_peaks, threshold)
+    _check_options(genome, sequences, chroms, regions, bed, batch_size, call_peaks, threshold)
+    _check_mode(mode, chunk_bp, spill)
     chosen = pick_device(device)
     say(f"predict on {describe(chosen)}")
     started, clock = datetime.now(UTC), time.monotonic()
     model_path = Path(model).absolute() if isinstance(model, str | os.PathLike) else None
     network = load(model) if isinstance(model, str | os.PathLike) else model
+    whole = mode == "chromosome"
+    chunk_bp = chosen_chunk_bp(network, chunk_bp, chosen) if whole else None
     reference = _open(sequences if sequences is not None else genome)
     selection = select(
         reference.lengths,
@@ -115,6 +132,8 @@ def predict(
         regions=regions,
         bed=bed,
     )
+    if whole:
+        selection = whole_chromosomes(selection)
     if sequences is not None:
         _check_records(reference)
     called = _thresholds(network, threshold) if call_peaks else {}
@@ -128,17 +147,30 @@ def predict(
         say(f"{folder} already holds this prediction; nothing to do")
         return PredictionResult(folder, tuple(folder / name for name in earlier["files"]), earlier["summary"])
 
-    parts = Parts(folder, identity, selection, len(tracks), force=force)
+    per_part = 1 if whole else WINDOWS_PER_PART  # whole chromosomes are windows there
+    parts = Parts(folder, identity, selection, len(tracks), force=force, windows_per_part=per_part)
+
+    def compute(windows: Sequence[Window]) -> Iterator[npt.NDArray[np.float32]]:
+        if chunk_bp is None:
+            return predict_windows(
+                network, reference, windows, batch_size=batch_size, device=chosen, progress=bar.update
+            )
+        return predict_chromosomes(
+            network,
+            reference,
+            windows,
+            chunk_bp=chunk_bp,
+            device=chosen,
+            spill=spill,
+            overflow=parts.folder,
+            progress=bar.update,
+        )
+
     with (
         placed(network, chosen),
         progress(total=selection.target_bp, unit="bp", description="predict", scale=True) as bar,
     ):
-        resumed = parts.complete(
-            lambda windows: predict_windows(
-                network, reference, windows, batch_size=batch_size, device=chosen, progress=bar.update
-            ),
-            bar.update,
-        )
+        resumed = parts.complete(compute, bar.update)
     if resumed:
         say(f"used {resumed} finished parts of an interrupted run")
     for name in set(earlier.get("files", ())) - set(names):
@@ -157,10 +189,11 @@ def predict(
         },
         "genome": {"path": str(reference.path), "sha256": reference.sha256},
         "mode": mode,
+        "chunk_bp": chunk_bp,
         "bin_bp": network.bin_bp,
         "strands": network.strands,
         "options": options,
-        "batch_size": batch_size,
+        "batch_size": None if whole else batch_size,
         "device": describe(chosen),
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
@@ -180,13 +213,10 @@ def _check_options(
     chroms: object,
     regions: object,
     bed: object,
-    mode: str,
     batch_size: int,
     call_peaks: bool,
     threshold: float | None,
 ) -> None:
-    if mode not in MODES:
-        raise ConfigError(f"the mode {mode!r} is not there; allowed is {', '.join(MODES)}")
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; at least 1 window is needed")
     if threshold is not None and not call_peaks:
@@ -203,6 +233,18 @@ def _check_options(
         raise ConfigError(
             "sequences have no coordinates: give them without a genome, chromosomes, regions or a BED file"
         )
+
+
+def _check_mode(mode: str, chunk_bp: int | None, spill: str | os.PathLike[str] | None) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"the mode {mode!r} is not there; allowed are {' and '.join(MODES)}")
+    for name, value in (("chunk_bp", chunk_bp), ("spill", spill)):
+        if value is not None and mode != "chromosome":
+            raise ConfigError(
+                f"{name} is {value}, which the mode {mode} does not use; ask for the mode chromosome"
+            )
+    if spill is not None and not Path(spill).is_dir():
+        raise FileError(f"the folder {spill} for features between layers is not there: make it first")
 
 
 def _check_records(sequences: Genome) -> None:
@@ -264,6 +306,7 @@ def _identity(model: AccessibilityModel, genome: Genome, selection: Selection, m
         "genome_sha256": genome.sha256,
         "selection_sha256": wanted.hexdigest(),
         "mode": mode,
+        "strands": model.strands,
     }
 
 

@@ -100,6 +100,50 @@ def test_sequences(run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest
     assert "sequences.h5" in capsys.readouterr().out
 
 
+def test_whole_chromosomes(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, spill = tmp_path / "out", tmp_path / "spill"
+    spill.mkdir()
+    start = ["predict", str(run_folder), "--genome", str(fasta), "-o", str(out), "--device", "cpu"]
+    command = [*start, "--chrom", "chrC", "--mode", "chromosome"]
+    assert main([*command, "--chunk-bp", "4096", "--spill", str(spill), "--call-peaks"]) == 0
+    assert "peaks.bw" in capsys.readouterr().out
+    by_call = predict(
+        run_folder,
+        fasta,
+        tmp_path / "api",
+        chroms="chrC",
+        device="cpu",
+        mode="chromosome",
+        chunk_bp=4096,
+        call_peaks=True,
+    )
+    for name in OUTPUTS:
+        assert (out / name).read_bytes() == (by_call.folder / name).read_bytes()
+    record = json.loads((out / "run.json").read_text())
+    assert (record["mode"], record["chunk_bp"], record["batch_size"]) == ("chromosome", 4096, None)
+    assert not list(spill.iterdir())
+    assert main([*start, "--chrom", "chrC"]) == 1  # by windows, the values are others
+    assert "holds a prediction of another model" in capsys.readouterr().err
+
+
+def test_attention_to_everything_cannot_run_by_chunks(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = StemConfig(channels=(8, 8, 8, 8))
+    encoder = EncoderConfig(width=16, pattern=("attention",), stem=stem, head_dim=8, window=None)
+    tracks = [TrackHead("peaks", "peaks", "bce")]
+    model = AccessibilityModel(ModelConfig(encoder, head_hidden=16), tracks, window_bp=4096, margin_bp=512)
+    (tmp_path / "run").mkdir()
+    save(model, tmp_path / "run" / "model.safetensors")
+    command = ["predict", str(tmp_path / "run"), "--genome", str(fasta), "-o", str(tmp_path / "out")]
+    assert main([*command, "--device", "cpu", "--mode", "chromosome"]) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the mode chromosome does not suit this model: attention with window None" in shown
+    assert "Traceback" not in shown and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "status", "message"),
     [
@@ -112,7 +156,14 @@ def test_sequences(run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest
         (["--threshold", "0.5"], 2, "--threshold needs --call-peaks"),
         (["--threshold", "2", "--call-peaks"], 2, "2.0 is not in the range 0<=x<=1"),
         (["--chrom", "chrA", "--region", "chrA:1-9"], 2, "either --chrom or --region"),
-        (["--mode", "chromosome"], 2, "Invalid value for '--mode'"),
+        (["--mode", "tiles"], 2, "Invalid value for '--mode'"),
+        (["--chunk-bp", "4096"], 2, "--chunk-bp needs --mode chromosome"),
+        (
+            ["--mode", "chromosome", "--chunk-bp", "100"],
+            1,
+            "it must be a multiple of the model's bin of 32 bp",
+        ),
+        (["--mode", "chromosome", "--spill", "/nowhere"], 2, "Invalid value for '--spill'"),
         (["--batch-size", "0"], 2, "Invalid value for '--batch-size'"),
         (["--sequences", "x.fa"], 2, "give one of --genome FASTA and --sequences FASTA"),
     ],

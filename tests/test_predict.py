@@ -475,7 +475,9 @@ def test_bed_rows_that_do_not_fit(run: Run, tmp_path: Path, row: str, message: s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "chromosome"}, "allowed is windows"),
+        ({"mode": "tiles"}, "allowed are windows and chromosome"),
+        ({"chunk_bp": 4096}, "chunk_bp is 4096, which the mode windows does not use"),
+        ({"spill": "."}, r"spill is \., which the mode windows does not use"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"threshold": 0.5}, "no regions are called"),
         ({"threshold": 7.0, "call_peaks": True}, "between 0 and 1"),

@@ -39,8 +39,22 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="FASTA",
     help="Sequences without coordinates, in place of a genome; arrays out.",
 )
-@click.option("--mode", type=click.Choice(["windows"]), default="windows", show_default=True,
-              help="windows: tiles of the training window, margins cropped.")  # fmt: skip
+@click.option("--mode", type=click.Choice(["windows", "chromosome"]), default="windows", show_default=True,
+              help="windows: tiles of the training window, margins cropped. chromosome: each as one sequence.")  # fmt: skip
+@click.option(
+    "--chunk-bp",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Bases of a chromosome at once; changes speed and memory, and results by rounding only. "
+    "Default: 2^20 on CUDA, 2^18 on a CPU.",
+)
+@click.option(
+    "--spill",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep a chromosome's features between layers in a temporary file there. Default: in memory while it "
+    "suffices, then in DIR.",
+)
 @click.option("--hdf5", is_flag=True, help="Write predictions.h5 (bins x tracks) as well.")
 @click.option("--call-peaks", is_flag=True, help="Write called regions of each peaks track as narrowPeak.")
 @click.option(
@@ -84,3 +98,6 @@ def _check_usage(options: Mapping[str, Any]) -> None:
         raise click.UsageError("give either --chrom or --region and --bed, not both")
     if options["threshold"] is not None and not options["call_peaks"]:
         raise click.UsageError("--threshold needs --call-peaks")
+    for name in ("chunk_bp", "spill"):
+        if options[name] is not None and options["mode"] != "chromosome":
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --mode chromosome")

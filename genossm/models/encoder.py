@@ -211,7 +211,8 @@ class Encoder(nn.Module):
             tokens: (batch, length), on any device; or a function of (start, end) that gives (batch, end - start).
             chunk_bp: base pairs of a chunk, a multiple of the trunk's bin; the last chunk may be shorter.
             length: base pairs of the sequence, a multiple of the trunk's bin; only where tokens are a function.
-            keep: where features between layers wait: `cpu`, or `device`, which is faster and holds them all.
+            keep: where features between layers wait: `cpu`; `device`, which is faster and holds them all; or a folder (Path),
+                in an unnamed file.
 
         Yields:
             the first bin of a chunk, and its features (batch, bins, width), from left to right.

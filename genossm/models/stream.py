@@ -41,6 +41,7 @@ class ChunkStore:
     def __init__(self, length: int, chunk: int, *, kept_on: torch.device, used_on: torch.device) -> None:
         self.length, self.chunk = length, chunk
         self.kept_on, self.used_on = kept_on, used_on
+        self._whole: Tensor | None = None
         self._chunks: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -53,7 +54,17 @@ class ChunkStore:
 
     def put(self, index: int, x_BLD: Tensor) -> None:
         """Keep the features of a chunk in place of those it had."""
-        self._chunks[index] = x_BLD.to(self.kept_on).contiguous()
+        if (
+            self._whole is None
+        ):  # one tensor: chunks among what comes and goes would leave memory full of holes
+            self._whole = x_BLD.new_empty(
+                len(x_BLD), self.length, x_BLD.shape[2], dtype=x_BLD.dtype, device=self.kept_on
+            )
+        if x_BLD.dtype == self._whole.dtype:
+            start, stop = self.bounds(index)
+            self._chunks[index] = self._whole[:, start:stop].copy_(x_BLD)
+        else:  # a layer in autocast may change it
+            self._chunks[index] = x_BLD.to(self.kept_on).contiguous()
 
     def get(self, index: int, start: int = 0, stop: int | None = None) -> Tensor:
         """The features of a chunk, from `start` to `stop` within it."""
@@ -70,6 +81,7 @@ class ChunkStore:
     def close(self) -> None:
         """Give up what is kept."""
         self._chunks.clear()
+        self._whole = None
 
 
 class FileStore(ChunkStore):
@@ -205,7 +217,7 @@ def _stem(
 def _run(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> None:
     """One layer over all chunks, in place."""
     mixer = layer.mixer
-    entering = _leftward(layer, store, step) if mixer.recurrent else {}
+    entering = _leftward(layer, store, step) if mixer.recurrent else None
     state: State | None = None
     behind_BLD: Tensor | None = (
         None  # the layer's input on the left, of which the store has the output already
@@ -218,30 +230,38 @@ def _run(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> None:
             x_BLD = torch.cat([behind_BLD, x_BLD], 1)
         left = 0 if behind_BLD is None else behind_BLD.shape[1]
         done = left + stop - start
-        from_right = _moved(entering.pop(index, None), store.used_on)
+        from_right = entering(index) if entering is not None else None
         mixed_BLD, state = mixer.mix(layer.mixer_norm(x_BLD), left, right, state, from_right)
         behind_BLD = x_BLD[:, max(0, done - mixer.halo[0]) : done].clone()
         store.put(index, layer.joined(x_BLD[:, left:done], mixed_BLD))
         step()
 
 
-def _leftward(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> dict[int, State | None]:
-    """The state that enters each chunk but the last from its right, where the store keeps chunks."""
+def _leftward(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> Callable[[int], State | None]:
+    """The state that enters each chunk from its right, by the chunk's number; they wait where the store keeps chunks.
+
+    They are copied into tensors for all chunks: a view would hold on to all of the chunk that it is taken from, and small
+    tensors that stay between large ones that go leave the host's memory full of holes.
+    """
     mixer: Mixer = layer.mixer
-    entering: dict[int, State | None] = {}
+    kept: State = ()
     state: State | None = None
-    for index in range(len(store) - 1, 0, -1):
+    last = len(store) - 1
+    for index in range(last, 0, -1):
         start, stop = store.bounds(index)
         left, right = min(mixer.halo[0], start), min(mixer.halo[1], store.length - stop)
         x_BLD = layer.mixer_norm(store.read(start - left, stop + right))
         state = mixer.leftward(x_BLD, left, right, state)
-        entering[index - 1] = _moved(state, store.kept_on)
+        if state is not None:
+            kept = kept or tuple(part.new_empty(last, *part.shape, device=store.kept_on) for part in state)
+            for parts, part in zip(kept, state, strict=True):
+                parts[index - 1] = part
         step()
+
+    def entering(index: int) -> State | None:
+        return tuple(parts[index].to(store.used_on) for parts in kept) if kept and index < last else None
+
     return entering
-
-
-def _moved(state: State | None, device: torch.device) -> State | None:
-    return None if state is None else tuple(tensor.to(device) for tensor in state)
 
 
 def _reader(tokens: Tensor | Read, device: torch.device) -> Read:

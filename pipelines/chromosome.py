@@ -1,0 +1,179 @@
+"""Whole chromosomes through a model, each as one sequence: chunk by chunk, with the result of one pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from genossm.errors import ConfigError, DataError, DeviceError, FileError
+from genossm.genome import Genome
+from genossm.models.accessibility import AccessibilityModel
+from genossm.pipelines.device import describe
+from genossm.pipelines.selection import Selection
+from genossm.sequence import NO_BASE
+from genossm.windows import Window
+
+CHUNK_BP = {"cpu": 1 << 18, "cuda": 1 << 20}
+"""Base pairs of a chunk, where nobody asked for another number."""
+
+MOST_IN_MEMORY = 16 << 30
+"""Bytes of features that wait in the host's memory, at most, and no more than half of the machine's; more go to a file."""
+
+
+def chosen_chunk_bp(model: AccessibilityModel, chunk_bp: int | None, device: torch.device) -> int:
+    """The chunk that was asked for, or one that suits the device and the trunk's bin.
+
+    Raises:
+        ConfigError: it is no multiple of the trunk's bin, or a mixer of the model cannot run chunk by chunk.
+    """
+    trunk_bp = model.encoder.trunk_bp
+    if chunk_bp is None:
+        chunk_bp = max(1, CHUNK_BP[device.type] // trunk_bp) * trunk_bp
+    if chunk_bp < 1 or chunk_bp % trunk_bp:
+        raise ConfigError(
+            f"chunk_bp is {chunk_bp}; it must be a multiple of the model's bin of {trunk_bp} bp"
+        )
+    try:
+        for mixer in model.encoder.mixers():
+            _ = mixer.halo
+    except ValueError as error:
+        raise ConfigError(f"the mode chromosome does not suit this model: {error}") from error
+    return chunk_bp
+
+
+def whole_chromosomes(selection: Selection) -> Selection:
+    """The same bins, with one window for each chromosome: all of it, without margins."""
+    windows = tuple(Window(chrom, 0, selection.lengths[chrom]) for chrom in selection.bins)
+    return replace(selection, windows=windows, margin_bp=0)
+
+
+def predict_chromosomes(
+    model: AccessibilityModel,
+    genome: Genome,
+    windows: Iterable[Window],
+    *,
+    chunk_bp: int,
+    device: torch.device,
+    spill: str | os.PathLike[str] | None = None,
+    overflow: str | os.PathLike[str],
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """For each chromosome, in order, its values: float32 (bins, tracks), NaN in bins of which more than half is N.
+
+    The chromosome's end is padded with "no base" to a multiple of the trunk's bin. One of nothing but N never reaches
+    the model, which computes in float32.
+
+    Args:
+        model: the model, on the device and in evaluation mode.
+        genome: where the sequence comes from.
+        windows: one for each chromosome, see `whole_chromosomes`.
+        chunk_bp: base pairs at once, see `chosen_chunk_bp`; changes speed and memory, and results by rounding only.
+        device: where to compute.
+        spill: a folder for the features between layers, which then wait there and not in memory.
+        overflow: a folder for those of a chromosome that is too long for memory, where there is no `spill`.
+        progress: told the base pairs that were done.
+
+    Raises:
+        DataError: the model gives NaN or infinity.
+        DeviceError: a chunk does not fit into the device's memory.
+        FileError: the features cannot be kept in the folder.
+    """
+    folder = Path(overflow if spill is None else spill)
+    for chrom in (window.chrom for window in windows):
+        gap = _gaps(genome.chromosome(chrom), model.bin_bp)
+        if gap.all():
+            if progress is not None:
+                progress(genome.lengths[chrom])
+            yield np.full((len(gap), len(model.tracks)), np.nan, dtype=np.float32)
+            continue
+        padded_bp = -(-genome.lengths[chrom] // model.encoder.trunk_bp) * model.encoder.trunk_bp
+        keep = folder if spill is not None else _place(model, padded_bp, device, folder)
+        try:
+            values = _values(model, genome, chrom, padded_bp, chunk_bp, keep, progress)[: len(gap)]
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{describe(device)} has not enough memory for chunks of {chunk_bp:,} bp; make them shorter (--chunk-bp)"
+            ) from error
+        except OSError as error:
+            raise FileError(
+                f"the features of {chrom} cannot be kept in {folder}: {error}; name another folder (--spill)"
+            ) from error
+        values[gap] = np.nan
+        if not np.isfinite(values[~gap]).all():
+            raise DataError(
+                f"the model gave NaN or infinity on {chrom}, where the genome has bases: its weights are damaged or "
+                "overflowed; train it again"
+            )
+        yield values
+
+
+def _values(
+    model: AccessibilityModel,
+    genome: Genome,
+    chrom: str,
+    padded_bp: int,
+    chunk_bp: int,
+    keep: Literal["cpu", "device"] | Path,
+    progress: Callable[[int], object] | None,
+) -> npt.NDArray[np.float32]:
+    """The values of all bins of the padded chromosome: float32 (bins, tracks)."""
+
+    def read(start: int, end: int) -> Tensor:
+        return torch.from_numpy(genome.window(chrom, start, end))[None]
+
+    done, told = 0.0, 0
+
+    def advance(share: float) -> None:
+        nonlocal done, told
+        done += share
+        reached = round(done * genome.lengths[chrom])
+        if progress is not None and reached > told:
+            progress(reached - told)
+            told = reached
+
+    values = np.empty((padded_bp // model.bin_bp, len(model.tracks)), dtype=np.float32)
+    chunks = model.stream(read, chunk_bp=chunk_bp, length=padded_bp, keep=keep, advance=advance)
+    for first, values_BLT in chunks:
+        values[first : first + values_BLT.shape[1]] = values_BLT[0].float().cpu().numpy()
+    return values
+
+
+def _gaps(codes: npt.NDArray[np.int8], bin_bp: int) -> npt.NDArray[np.bool_]:
+    """bool (bins,): true where more than half of a bin's bases is N; the last bin may have fewer bases."""
+    whole = len(codes) // bin_bp
+    inner = codes[: whole * bin_bp].reshape(whole, bin_bp)
+    gap = np.zeros(-(-len(codes) // bin_bp), dtype=bool)
+    for first in range(0, whole, 1 << 16):  # of a long chromosome, no copy as long as itself
+        rows = inner[first : first + (1 << 16)]
+        gap[first : first + len(rows)] = 2 * np.count_nonzero(rows == NO_BASE, axis=1) > bin_bp
+    rest = codes[whole * bin_bp :]
+    if rest.size:
+        gap[-1] = 2 * np.count_nonzero(rest == NO_BASE) > rest.size
+    return gap
+
+
+def _place(
+    model: AccessibilityModel, padded_bp: int, device: torch.device, folder: Path
+) -> Literal["cpu", "device"] | Path:
+    """Where the features of a chromosome wait: on the device if they take a quarter of what is free there, at most."""
+    weight = model.encoder.norm.weight
+    needed = padded_bp // model.encoder.trunk_bp * weight.numel() * weight.element_size()
+    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0] // 4:
+        return "device"
+    return "cpu" if needed <= _host_limit() else folder
+
+
+def _host_limit() -> int:
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no POSIX system
+        return MOST_IN_MEMORY
+    return min(MOST_IN_MEMORY, machine // 2)
