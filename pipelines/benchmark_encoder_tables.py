@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genossm.pipelines.benchmark_encoder_cases import Cost, EncoderBenchmark, EncoderRow, Group, kb
-from genossm.pipelines.benchmark_tables import Rows, aligned, piped
+from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text
 
 TITLES: dict[Group, str] = {
     "configuration": "Configurations",
@@ -14,24 +14,15 @@ TITLES: dict[Group, str] = {
 
 def text(result: EncoderBenchmark) -> str:
     """For a terminal."""
-    parts = ["\n".join(f"{name:<10}{value}" for name, value in _facts(result))]
-    parts += [
-        f"{title}\n{aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
-    ]
-    return "\n\n".join(parts)
+    return as_text(_facts(result), _tables(result))
 
 
 def markdown(result: EncoderBenchmark) -> str:
     """For docs/encoders.md."""
-    parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(result))]
-    for title, rows, note in _tables(result):
-        head, *body = rows
-        lines = [piped(head), piped(["---"] * len(head)), *(piped(row) for row in body)]
-        parts += [f"### {title}", "\n".join(lines)] + ([note] if note else [])
-    return "\n\n".join(parts) + "\n"
+    return as_markdown(_facts(result), _tables(result))
 
 
-def _facts(result: EncoderBenchmark) -> list[tuple[str, str]]:
+def _facts(result: EncoderBenchmark) -> list[Fact]:
     precision = "bfloat16 autocast" if result.precision == "bf16" else "float32"
     facts = [
         ("device", result.device + "".join(f", {name} {value}" for name, value in result.hardware.items())),
@@ -52,9 +43,8 @@ def _facts(result: EncoderBenchmark) -> list[tuple[str, str]]:
     return facts + [("absent", f"{name}: {why}") for name, why in result.absent.items()]
 
 
-def _tables(result: EncoderBenchmark) -> list[tuple[str, Rows, str]]:
-    """Title, rows with their head, and a note."""
-    tables: list[tuple[str, Rows, str]] = []
+def _tables(result: EncoderBenchmark) -> list[Table]:
+    tables: list[Table] = []
     if result.checks:
         checks: Rows = [["two forms of the same", "largest difference over the norm"]]
         checks += [[name, f"{error:.1e}"] for name, error in result.checks.items()]

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from genossm.pipelines.benchmark_beside import QUOTED_FROM
 from genossm.pipelines.benchmark_gpu import US, GpuBenchmark
 from genossm.pipelines.benchmark_timing import Measured, Pass
 
 Rows = list[list[str]]
+Fact = tuple[str, str]
+Table = tuple[str, Rows, str]
+"""Title, rows with their head, and a note."""
 
 
 def text(result: GpuBenchmark) -> str:
     """For a terminal."""
-    parts = ["\n".join(f"{name:<10}{value}" for name, value in _facts(result))]
-    parts += [
-        f"{title}\n{aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in _tables(result)
-    ]
-    return "\n\n".join(parts)
+    return as_text(_facts(result), _tables(result))
 
 
 def markdown(result: GpuBenchmark) -> str:
     """For docs/performance.md."""
-    parts = ["\n".join(f"- {name}: {value}" for name, value in _facts(result))]
-    for title, rows, note in _tables(result):
+    return as_markdown(_facts(result), _tables(result))
+
+
+def as_text(facts: Iterable[Fact], tables: Iterable[Table]) -> str:
+    """Facts, then tables under their titles, aligned."""
+    parts = ["\n".join(f"{name:<10}{value}" for name, value in facts)]
+    parts += [f"{title}\n{_aligned(rows)}" + (f"\n{note}" if note else "") for title, rows, note in tables]
+    return "\n\n".join(parts)
+
+
+def as_markdown(facts: Iterable[Fact], tables: Iterable[Table]) -> str:
+    """The same in Markdown."""
+    parts = ["\n".join(f"- {name}: {value}" for name, value in facts)]
+    for title, rows, note in tables:
         head, *body = rows
-        lines = [piped(head), piped(["---"] * len(head)), *(piped(row) for row in body)]
+        lines = [_piped(head), _piped(["---"] * len(head)), *(_piped(row) for row in body)]
         parts += [f"### {title}", "\n".join(lines)] + ([note] if note else [])
     return "\n\n".join(parts) + "\n"
 
@@ -203,7 +214,7 @@ def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -215,5 +226,5 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def piped(cells: Sequence[str]) -> str:
+def _piped(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -18,11 +18,14 @@ from genossm.genome import Genome
 from genossm.models.accessibility import AccessibilityModel
 from genossm.pipelines.device import describe
 from genossm.pipelines.selection import Selection
-from genossm.sequence import NO_BASE
+from genossm.pipelines.windowed import gap_bins
 from genossm.windows import Window
 
 CHUNK_BP = {"cpu": 1 << 18, "cuda": 1 << 20}
 """Base pairs of a chunk, where nobody asked for another number."""
+
+GAP_BINS = 1 << 16
+"""Bins of which N are counted at once."""
 
 MOST_IN_MEMORY = 16 << 30
 """Bytes of features that wait in the host's memory, at most, and no more than half of the machine's; more go to a file."""
@@ -88,7 +91,7 @@ def predict_chromosomes(
     """
     folder = Path(overflow if spill is None else spill)
     for chrom in (window.chrom for window in windows):
-        gap = _gaps(genome.chromosome(chrom), model.bin_bp)
+        gap = _gaps(genome, chrom, model.bin_bp)
         if gap.all():
             if progress is not None:
                 progress(genome.lengths[chrom])
@@ -146,18 +149,15 @@ def _values(
     return values
 
 
-def _gaps(codes: npt.NDArray[np.int8], bin_bp: int) -> npt.NDArray[np.bool_]:
-    """bool (bins,): true where more than half of a bin's bases is N; the last bin may have fewer bases."""
-    whole = len(codes) // bin_bp
-    inner = codes[: whole * bin_bp].reshape(whole, bin_bp)
-    gap = np.zeros(-(-len(codes) // bin_bp), dtype=bool)
-    for first in range(0, whole, 1 << 16):  # of a long chromosome, no copy as long as itself
-        rows = inner[first : first + (1 << 16)]
-        gap[first : first + len(rows)] = 2 * np.count_nonzero(rows == NO_BASE, axis=1) > bin_bp
-    rest = codes[whole * bin_bp :]
-    if rest.size:
-        gap[-1] = 2 * np.count_nonzero(rest == NO_BASE) > rest.size
-    return gap
+def _gaps(genome: Genome, chrom: str, bin_bp: int) -> npt.NDArray[np.bool_]:
+    """bool (bins,): true where more than half of a bin's bases is N; piece by piece, without a copy of the chromosome."""
+    length_bp, piece_bp = genome.lengths[chrom], GAP_BINS * bin_bp
+    gaps = []
+    for start in range(0, length_bp, piece_bp):
+        end = min(start + piece_bp, -(-length_bp // bin_bp) * bin_bp)
+        codes = genome.window(chrom, start, end)
+        gaps.append(gap_bins(codes, Window(chrom, start, end), 0, bin_bp, length_bp))
+    return np.concatenate(gaps)
 
 
 def _place(

@@ -133,7 +133,7 @@ def _batches(
     for window in windows:
         codes = genome.window(window.chrom, window.start, window.end)
         length_bp = genome.lengths[window.chrom]
-        gap = _gap_bins(codes, window, model.margin_bp, model.bin_bp, length_bp)
+        gap = gap_bins(codes, window, model.margin_bp, model.bin_bp, length_bp)
         start, end = target_of(window, model.margin_bp, length_bp)
         items.append(_Item(None if gap.all() else codes, gap, end - start))
         waiting += items[-1].codes is not None
@@ -170,7 +170,7 @@ def _computed(
         yield values_of_window
 
 
-def _gap_bins(
+def gap_bins(
     codes: npt.NDArray[np.int8], window: Window, margin_bp: int, bin_bp: int, length_bp: int
 ) -> npt.NDArray[np.bool_]:
     """bool (target bins inside the chromosome,): true where more than half of the bin's real bases is N."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -58,24 +58,6 @@ SMOOTH = dataclasses.replace(STEM, pool=(1, 1))
 BINS = 331
 SMALL = 1e-3
 """Gradients of less than this part of the largest one's norm are measured against that part."""
-
-
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """Convolutions and LSTMs to float32 accuracy, where torch's default is TF32; matrix products are, by default.
-
-    And one CPU thread, for the processes of run.sh are as many as the cores.
-    """
-    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    operators = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before, threads = [operator.fp32_precision for operator in operators], torch.get_num_threads()
-    for operator in operators:
-        operator.fp32_precision = "ieee"
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for operator, precision in zip(operators, before, strict=True):
-        operator.fp32_precision = precision
 
 
 def small(**options: Any) -> Encoder:

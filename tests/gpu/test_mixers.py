@@ -5,7 +5,7 @@ Compiling takes most of the time, so all have the sizes of tests/gpu/test_encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -54,24 +54,6 @@ ENDS = (150, 151, 2000)
 """Where sequences are cut: short chunks whose halo reaches beyond their neighbours, and one of a single position."""
 SMALL = 1e-3
 """Gradients of less than this part of the largest one's norm are measured against that part: some should be zero."""
-
-
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """Convolutions and LSTMs to float32 accuracy, where torch's default is TF32; matrix products are, by default.
-
-    And one CPU thread, for the processes of run.sh are as many as the cores.
-    """
-    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    operators = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before, threads = [operator.fp32_precision for operator in operators], torch.get_num_threads()
-    for operator in operators:
-        operator.fp32_precision = "ieee"
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for operator, precision in zip(operators, before, strict=True):
-        operator.fp32_precision = precision
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Mixer:

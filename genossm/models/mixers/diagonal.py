@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.models.mixers.hippo import legs_normal_low_rank
-from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSM, block_length, checked_sizes
+from genossm.models.mixers.linear_ssm import LinearSSM, block_length, checked_sizes
+from genossm.models.mixers.step_sizes import DT_MIN
 
 Initialisation = Literal["legs", "lin"]
 Discretisation = Literal["zoh", "bilinear"]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.models.mixers.diagonal import DiagonalSSM, Discretisation, Initialisation
-from genossm.models.mixers.linear_ssm import DT_MIN, checked_sizes
+from genossm.models.mixers.linear_ssm import checked_sizes
 from genossm.models.mixers.long_conv import fft_convolve
 from genossm.models.mixers.mixer import Mixer, State, core
+from genossm.models.mixers.step_sizes import DT_MIN
 
 
 class H3(Mixer):

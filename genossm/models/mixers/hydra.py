@@ -17,8 +17,9 @@ from genossm.kernels.arguments import accumulation
 from genossm.kernels.gated_norm import gated_rms_norm
 from genossm.kernels.short_conv import short_conv
 from genossm.kernels.ssd import ssd
-from genossm.models.mixers.mamba2 import DT_MIN, check_sizes, conv_halo, head_count, initial_dt_bias
+from genossm.models.mixers.mamba2 import check_sizes, conv_halo, head_count
 from genossm.models.mixers.mixer import Mixer, State, core
+from genossm.models.mixers.step_sizes import DT_MIN, initial_dt_bias
 
 
 class Hydra(Mixer):

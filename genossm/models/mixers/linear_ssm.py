@@ -5,16 +5,13 @@ Letters: B batch, L length, D channels (the block's inner width).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genossm.models.mixers.long_conv import fft_convolve
 from genossm.models.mixers.mixer import Mixer, State, core
-
-DT_MIN, DT_MAX = 1e-3, 1e-1
+from genossm.models.mixers.step_sizes import initial_log_dt
 
 
 class LinearSSM(nn.Module):
@@ -37,9 +34,7 @@ class LinearSSM(nn.Module):
 
     def __init__(self, width: int, dt_min: float) -> None:
         super().__init__()
-        if not 0 < dt_min <= DT_MAX:
-            raise ValueError(f"dt_min is {dt_min}; it must be above 0 and at most {DT_MAX}")
-        self.log_dt = nn.Parameter(torch.empty(width).uniform_(math.log(dt_min), math.log(DT_MAX)))
+        self.log_dt = nn.Parameter(initial_log_dt(torch.empty(width), dt_min))
         self.D = nn.Parameter(torch.randn(width))
 
     def kernels(self, length: int) -> Tensor:

@@ -16,15 +16,14 @@ from genossm.kernels.arguments import Direction, States, accumulation
 from genossm.kernels.selective_scan import selective_scan
 from genossm.kernels.short_conv import short_conv
 from genossm.models.mixers.mamba2 import (
-    DT_MIN,
     Bidirectional,
     both_states,
     check_bidirectional,
     check_sizes,
     conv_halo,
-    initial_dt_bias,
 )
 from genossm.models.mixers.mixer import Mixer, State, core
+from genossm.models.mixers.step_sizes import DT_MIN, initial_dt_bias
 
 
 class Mamba(Mixer):

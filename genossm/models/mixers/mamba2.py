@@ -17,9 +17,9 @@ from genossm.kernels.arguments import Direction, States, accumulation
 from genossm.kernels.short_conv import short_conv
 from genossm.kernels.ssd import ssd
 from genossm.models.mixers.mixer import Mixer, State, core
+from genossm.models.mixers.step_sizes import DT_MIN, initial_dt_bias
 from genossm.models.norm import GatedRMSNorm
 
-DT_MIN, DT_MAX = 1e-3, 1e-1
 A_MIN, A_MAX = 1.0, 16.0
 
 Bidirectional = Literal["fused", "tied"]
@@ -180,18 +180,6 @@ class Mamba2(Mixer):
         )
         assert isinstance(result, tuple)
         return result
-
-
-def initial_dt_bias(like: Tensor, dt_min: float) -> Tensor:
-    """The inverse of softplus of steps that are log-uniform in [dt_min, DT_MAX], shaped like the tensor.
-
-    Raises:
-        ValueError: dt_min is not between 0 and DT_MAX.
-    """
-    if not 0 < dt_min <= DT_MAX:
-        raise ValueError(f"dt_min is {dt_min}; it must be above 0 and at most {DT_MAX}")
-    dt = torch.empty_like(like).uniform_(math.log(dt_min), math.log(DT_MAX)).exp()
-    return dt + torch.log(-torch.expm1(-dt))
 
 
 def both_states(from_left: State | None, from_right: State | None) -> States | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from genossm.kernels.arguments import accumulation, step_sizes
 from genossm.kernels.short_conv import short_conv
 from genossm.kernels.ssd import ssd
-from genossm.models.mixers.mamba2 import DT_MIN, check_sizes, conv_halo, head_count, initial_dt_bias
+from genossm.models.mixers.mamba2 import check_sizes, conv_halo, head_count
 from genossm.models.mixers.mixer import Mixer, State, core
+from genossm.models.mixers.step_sizes import DT_MIN, initial_dt_bias
 from genossm.models.mixers.trapezoid import input_weights, phases, rank_steps, rotated
 
 DT_FLOOR, A_FLOOR = 1e-6, 1e-4

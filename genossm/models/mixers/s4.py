@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from genossm.models.mixers.hippo import legs_normal_low_rank
-from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSM, LinearSSMBlock, block_length, checked_sizes
+from genossm.models.mixers.linear_ssm import LinearSSM, LinearSSMBlock, block_length, checked_sizes
+from genossm.models.mixers.step_sizes import DT_MIN
 
 CAUCHY_ELEMENTS = 1 << 21
 """Terms of the Cauchy sums that are in memory at a time, of 8 bytes and a few times over."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from genossm.models.mixers.diagonal import DiagonalSSM, Discretisation, Initialisation
-from genossm.models.mixers.linear_ssm import DT_MIN, LinearSSMBlock, checked_sizes
+from genossm.models.mixers.linear_ssm import LinearSSMBlock, checked_sizes
+from genossm.models.mixers.step_sizes import DT_MIN
 
 
 class S4D(LinearSSMBlock):
