@@ -75,18 +75,24 @@ class DatasetInputs:
         self, chrom: str
     ) -> Iterator[tuple[TrackConfig, npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
         """Each track with its targets float32 (bins,) and its mask bool (bins,), True where a bin counts."""
-        length_bp, bin_bp = self.lengths[chrom], self.config.window.bin
-        usable = ~masked_bins(*self.excluded(chrom), length_bp, bin_bp)
+        usable = self.usable(chrom)
         for track in self.config.tracks:
-            if track.kind == "peaks":
-                yield (
-                    track,
-                    peak_bins(*self.peaks(chrom, track.name), length_bp, bin_bp, track.overlap),
-                    usable,
-                )
-            else:
-                values, valid = self._signal(track, chrom)
-                yield track, values, usable & valid
+            values, valid = self.column(chrom, track)
+            yield track, values, usable & valid
+
+    def usable(self, chrom: str) -> npt.NDArray[np.bool_]:
+        """bool (bins,): False where excluded regions and runs of N mask a bin for every track."""
+        return ~masked_bins(*self.excluded(chrom), self.lengths[chrom], self.config.window.bin)
+
+    def column(
+        self, chrom: str, track: TrackConfig
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """One track's targets float32 (bins,), and bool (bins,): where it has a value, whatever is excluded."""
+        length_bp, bin_bp = self.lengths[chrom], self.config.window.bin
+        if track.kind == "signal":
+            return self._signal(track, chrom)
+        values = peak_bins(*self.peaks(chrom, track.name), length_bp, bin_bp, track.overlap)
+        return values, np.ones(len(values), dtype=np.bool_)
 
     def _signal(
         self, track: TrackConfig, chrom: str
