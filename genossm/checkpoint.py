@@ -14,7 +14,7 @@ from genossm.errors import CheckpointError, GenossmError
 if TYPE_CHECKING:
     from genossm.models.accessibility import AccessibilityModel
 
-FORMAT = "genossm-model/1"
+FORMAT = "genossm-model/2"
 MODEL_FILE = "model.safetensors"
 
 

@@ -39,7 +39,14 @@ class TrainConfig:
         track_weights: weight of a track in the loss, by name; 1 where not named.
         precision: `auto` (bf16 on CUDA, else float32), `bf16` or `float32`.
         compile: run the model through torch.compile.
-        workers: loader processes; 0 reads in the training process.
+        cuda_graphs: on CUDA, where the model is not compiled, launch forward and backward pass as a whole.
+        workers: threads or processes that read; 0 reads when a batch is asked for.
+        loader: `threads`, `processes`, or `auto`: processes where the targets are compressed, else threads.
+        prefetch: batches that are read ahead.
+        data_on: what lies on the device for the whole training: `host` (nothing), `genome`, `device` (genome and
+            targets), or `auto` (on CUDA what takes little room and time).
+        sampling: `all` takes the windows in turn, `signal` draws a share of them in proportion to the signal in them.
+        signal_fraction: that share, above 0 and at most 1.
         valid_every: epochs between validations (the last is always validated).
         seed: of weights, augmentation, order and dropout.
         loggers: `csv` (metrics.csv) and `tensorboard`.
@@ -65,13 +72,19 @@ class TrainConfig:
     track_weights: dict[str, float] = field(default_factory=dict)
     precision: Literal["auto", "bf16", "float32"] = "auto"
     compile: bool = False
+    cuda_graphs: bool = True
     workers: int = 2
+    loader: Literal["auto", "threads", "processes"] = "auto"
+    prefetch: int = 4
+    data_on: Literal["auto", "host", "genome", "device"] = "auto"
+    sampling: Literal["all", "signal"] = "all"
+    signal_fraction: float = 0.5
     valid_every: int = 1
     seed: int = 1
     loggers: tuple[Logger, ...] = ("csv", "tensorboard")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "valid_every"):
+        for name in ("epochs", "batch_size", "prefetch", "valid_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "clip_norm"):
@@ -80,6 +93,8 @@ class TrainConfig:
         for name in ("warmup_fraction", "final_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 < self.signal_fraction <= 1:
+            raise ValueError(f"signal_fraction is {self.signal_fraction}; it must be above 0 and at most 1")
         if self.windows_per_epoch is not None and self.windows_per_epoch < self.batch_size:
             raise ValueError(
                 f"windows_per_epoch is {self.windows_per_epoch}, less than one batch of {self.batch_size}"

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.kernels.parts import add_parts
 from genossm.kernels.triton_support import (
     PTX,
     define_operator,
@@ -270,7 +271,7 @@ def _backward(
             num_warps=cut.warps,
             num_stages=1,
         )
-    return dx, dresidual, sums.sum(0).to(weight.dtype), dz
+    return dx, dresidual, add_parts(sums).to(weight.dtype), dz
 
 
 def _forward_fake(

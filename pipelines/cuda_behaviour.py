@@ -210,15 +210,19 @@ def workspace(func: Any, args: tuple[Any, ...], result: Any) -> int:
     """Bytes that an operator takes on a CUDA device while it runs, beside inputs and results; an estimate.
 
     Convolutions: PyTorch copies an input that is not contiguous, and cuDNN a tensor of which channels are not next to
-    each other, inputs and results alike. FFTs: cuFFT works in as much as the complex side has, and PyTorch transforms
+    each other, inputs and results alike; with channels last, only the weights. FFTs: cuFFT works in as much as the complex side has, and PyTorch transforms
     back from a copy. The gradient of attention in 16 bits adds up that of the queries in float32.
     """
     packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else None
     if packet is aten.convolution:
         x, weight = args[:2]
+        if _channels_last(x):
+            return _bytes(weight)
         return _copied(x) + _bytes(x) + _bytes(weight) + _bytes(result)
     if packet is aten.convolution_backward:
         dy, x, weight = args[:3]
+        if _channels_last(x):
+            return 2 * _bytes(weight)
         return _copied(dy) + _copied(x) + _bytes(dy) + _bytes(weight) + _bytes(x)
     if packet is aten._fft_r2c:
         return _bytes(result)
@@ -233,6 +237,10 @@ def workspace(func: Any, args: tuple[Any, ...], result: Any) -> int:
         query = args[1]
         return 4 * math.prod(query.shape) if query.element_size() == 2 else 0
     return 0
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -172,7 +172,7 @@ def _rehearsed_training(job: _Job) -> dict[str, Any]:
     config = job.config.train
     with Rehearsal() as rehearsal:
         # the running average is a copy of the model, and copies need data
-        module = TrainingModule(job.model(), replace(config, ema_decay=0.0), total_steps=1)
+        module = TrainingModule(job.model(), replace(config, ema_decay=0.0, cuda_graphs=False), total_steps=1)
         parameters = list(module.model.parameters())
         weights, trained = rehearsal.allocated, _allocated(parameters)
         average = weights if config.ema_decay else 0
@@ -264,8 +264,9 @@ def _peak(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def _train(job: _Job, device: torch.device) -> None:
-    """Three steps as the trainer makes them."""
-    module = TrainingModule(job.model().to(device), job.config.train, total_steps=3).to(device)
+    """Three steps as the trainer makes them, but without CUDA graphs, whose memory PyTorch counts otherwise."""
+    config = replace(job.config.train, cuda_graphs=False)
+    module = TrainingModule(job.model().to(device), config, total_steps=3).to(device)
     optimizer = module.configure_optimizers()["optimizer"]
     _, targets, mask = job.batch(module.model.bin_bp, device)
     for step in range(3):

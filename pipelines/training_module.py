@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from genossm import metrics
 from genossm.errors import TrainingError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.parity import plain_name
+from genossm.pipelines.cuda_graphs import GraphedTraining
+from genossm.pipelines.weight_average import WeightAverage
 from genossm.run_config import TrainConfig
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -36,15 +38,7 @@ class TrainingModule(lightning.LightningModule):
         self.model = model
         self.config = config
         self.total_steps = total_steps
-        self.average = (
-            AveragedModel(
-                model,
-                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-                use_buffers=True,
-            )
-            if config.ema_decay
-            else None
-        )
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         known = {track.name for track in model.tracks}
         unknown = sorted(set(config.track_weights) - known)
         if unknown:
@@ -54,11 +48,18 @@ class TrainingModule(lightning.LightningModule):
         weights = torch.tensor([config.track_weights.get(track.name, 1.0) for track in model.tracks])
         self.register_buffer("track_weights", weights / weights.sum(), persistent=False)
         self.epoch_losses: list[Tensor] = []
-        self._last_gradient: tuple[int, Tensor] | None = None
+        self._last_gradient: tuple[int, _Later] | None = None
         self.validation: dict[str, float] = {}
         self.thresholds: dict[str, float] = {}
         self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._forward = torch.compile(model) if config.compile else model
+        self._forward: Callable[[Tensor], Tensor] = (
+            torch.compile(model) if config.compile else GraphedTraining(model, record=config.cuda_graphs)
+        )
+
+    def record_again(self) -> None:
+        """Give up the CUDA graphs of the batches so far: the next batch decides their shape."""
+        if isinstance(self._forward, GraphedTraining):
+            self._forward = GraphedTraining(self.model, record=self.config.cuda_graphs)
 
     @property
     def validated(self) -> AccessibilityModel:
@@ -89,7 +90,7 @@ class TrainingModule(lightning.LightningModule):
     ) -> None:
         self.check_gradient()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self._last_gradient = (self.global_step, norm)
+        self._last_gradient = self.global_step, _Later(norm)
 
     def check_gradient(self) -> None:
         """Stop where the last step's gradient was not finite. Not asked at once: a device would wait for the host's next launch."""
@@ -97,9 +98,9 @@ class TrainingModule(lightning.LightningModule):
             return
         step, norm = self._last_gradient
         self._last_gradient = None
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm.value()):
             raise TrainingError(
-                f"the gradient became {norm.item()} at step {step}; "
+                f"the gradient became {norm.value()} at step {step}; "
                 "lower train.learning_rate and start again, or resume from the last whole epoch"
             )
 
@@ -182,6 +183,24 @@ class TrainingModule(lightning.LightningModule):
     def _cropped(raw: Tensor, targets: Tensor) -> Tensor:
         margin = (raw.shape[1] - targets.shape[1]) // 2
         return raw[:, margin : margin + targets.shape[1]]
+
+
+class _Later:
+    """A number on its way from the device: asking for it waits for what came before it there, not for what came since."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.detach()
+        self._arrival: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number.detach(), non_blocking=True)
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
+
+    def value(self) -> float:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return float(self._number)
 
 
 def parameter_groups(model: AccessibilityModel, config: TrainConfig) -> list[dict[str, Any]]:

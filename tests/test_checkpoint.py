@@ -75,7 +75,7 @@ def test_another_version_or_a_foreign_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / checkpoint.MODEL_FILE
     checkpoint.save(make_model(), file)
     rewritten(file, format="genossm-model/9")
-    with pytest.raises(CheckpointError, match="'genossm-model/9', and this genossm reads 'genossm-model/1'"):
+    with pytest.raises(CheckpointError, match="'genossm-model/9', and this genossm reads 'genossm-model/2'"):
         gs.load(tmp_path)
     save_file({"weight": torch.zeros(3)}, file)
     with pytest.raises(CheckpointError, match="'unknown'"):

@@ -273,8 +273,8 @@ def test_state_parameters_are_named_in_full() -> None:
     }
 
 
-def test_weights_of_earlier_versions_fit() -> None:
-    described = {  # what version 0.1 wrote into a run
+def test_stored_weights_keep_their_names() -> None:
+    described = {  # what a run of the format genossm-model/2 holds
         "width": 8,
         "pattern": ["mamba2"],
         "stem": {"channels": [5], "pool": [4], "first_kernel": 3, "kernel": 3, "norm": "batch"},
@@ -289,14 +289,12 @@ def test_weights_of_earlier_versions_fit() -> None:
     encoder = Encoder(build_config(EncoderConfig, described, where="run"))
     assert set(encoder.state_dict()) == {
         "stem.first.weight",
-        "stem.first.bias",
         *(
             f"stem.stages.0.{block}.{name}"
             for block in ("conv", "pointwise")
             for name in (
-                *(f"0.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
-                "2.weight",
-                "2.bias",
+                *(f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+                "conv.weight",
             )
         ),
         "layers.0.mixer_norm.weight",

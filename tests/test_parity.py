@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,19 +151,21 @@ def test_every_module_mirrors_its_features_in_training_mode_too(name: str) -> No
     seen: list[dict[str, Tensor]] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any, *, of: str) -> None:
-        seen[-1][of] = output.detach()
+        outputs = output if isinstance(output, tuple) else (output,)
+        seen[-1] |= {f"{of} {number}": part.detach() for number, part in enumerate(outputs)}
 
     for path, module in model.encoder.named_modules():
         parts = path.split(".")
         if parts[0] in ("stem", "decoder") or parts[-1] in ("mixer", "mlp", "mixer_norm", "norm"):
             if path not in ("stem", "decoder") and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                module.register_forward_hook(partial(keep, of=path))
+                if not isinstance(module, nn.Conv1d):  # which hold weights, and are not called
+                    module.register_forward_hook(partial(keep, of=path))
     tokens = random_tokens(2, 52)
     for strand in (tokens, reverse_complement(tokens)):
         seen.append({})
         model(strand)
     first, second = seen
-    assert first.keys() == second.keys() and {"stem.first", "layers.0.mixer"} <= first.keys()
+    assert first.keys() == second.keys() and {"stem.stages.0.conv 0", "layers.0.mixer 0"} <= first.keys()
     for path, output in first.items():
         close(second[path], output.flip(1, 2), msg=lambda text, path=path: f"{path}: {text}")
         assert output.shape[1] == 1 or (output - output.flip(1, 2)).abs().max() > 1e-4
@@ -279,26 +282,24 @@ def test_it_costs_what_the_plain_network_costs(encoder: EncoderConfig) -> None:
 
 def test_paired_batch_norm_takes_a_channel_and_its_mirror_image_together() -> None:
     torch.manual_seed(0)
-    norm, x = PairedBatchNorm(4).double(), torch.randn(3, 4, 5, dtype=torch.float64) * 2 + 1
+    norm, x = PairedBatchNorm(4).double(), torch.randn(3, 5, 4, dtype=torch.float64) * 2 + 1
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
         norm.bias.normal_()
     expected = torch.empty_like(x)
     for channel, (weight, bias) in enumerate(zip(norm.weight, norm.bias, strict=True)):
         for of_pair in (channel, 3 - channel):
-            pair = torch.stack([x[:, channel], x[:, 3 - channel]])
-            z = (x[:, of_pair] - pair.mean()) / (pair.var(correction=0) + norm.eps).sqrt()
-            expected[:, of_pair] = z * weight + bias
+            pair = torch.stack([x[..., channel], x[..., 3 - channel]])
+            z = (x[..., of_pair] - pair.mean()) / (pair.var(correction=0) + norm.eps).sqrt()
+            expected[..., of_pair] = F.gelu(z * weight + bias)
     close(norm(x), expected)
-    pairs = torch.stack([x[:, :2], x[:, 2:].flip(1)])
-    close(norm.running_mean, 0.1 * pairs.mean((0, 1, 3)))
-    close(norm.running_var, 0.9 + 0.1 * pairs.transpose(0, 2).flatten(1).var(1))
+    pairs = torch.stack([x[..., :2], x[..., 2:].flip(2)])
+    close(norm.running_mean, 0.1 * pairs.mean((0, 1, 2)))
+    close(norm.running_var, 0.9 + 0.1 * pairs.flatten(0, 2).var(0))
     norm.eval()
-    mean, variance = (
-        torch.cat([half, half.flip(0)])[:, None] for half in (norm.running_mean, norm.running_var)
-    )
-    weight, bias = (torch.cat([half, half.flip(0)])[:, None] for half in (norm.weight, norm.bias))
-    close(norm(x), (x - mean) / (variance + norm.eps).sqrt() * weight + bias)
+    mean, variance = (torch.cat([half, half.flip(0)]) for half in (norm.running_mean, norm.running_var))
+    weight, bias = (torch.cat([half, half.flip(0)]) for half in (norm.weight, norm.bias))
+    close(norm(x), F.gelu((x - mean) / (variance + norm.eps).sqrt() * weight + bias))
 
 
 def test_a_tied_parameter_is_its_own_mirror_image() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genossm.models.norm import ChannelNorm
-from genossm.models.stem import BaseStem, ConvStem, StemConfig, build_stem
+from genossm.models.norm import RMSNorm
+from genossm.models.stem import BaseStem, ConvStem, NormGeluConv, StemConfig, build_stem
 
 SHAPES = [
     {"channels": (6, 7), "pool": (4, 4), "first_kernel": 7, "kernel": 3},
@@ -31,17 +31,16 @@ def small(width: int = 8, **options: object) -> ConvStem:
         if isinstance(module, nn.BatchNorm1d):
             nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
-        if isinstance(module, (nn.BatchNorm1d, ChannelNorm)):
+        if isinstance(module, (nn.BatchNorm1d, RMSNorm)):
             nn.init.uniform_(module.weight, 0.5, 2)
     return stem
 
 
 def slow_conv(x_CL: Tensor, conv: nn.Conv1d) -> Tensor:
-    assert conv.bias is not None
     length, kernel = x_CL.shape[1], conv.weight.shape[2]
     columns = []
     for t in range(length):
-        total = conv.bias
+        total = x_CL.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
         for k in range(kernel):
             if 0 <= (s := t + k - kernel // 2) < length:
                 total = total + conv.weight[:, :, k] @ x_CL[:, s]
@@ -55,9 +54,14 @@ def slow_norm_gelu(x_CL: Tensor, norm: nn.Module) -> Tensor:
         mean, deviation = norm.running_mean[:, None], (norm.running_var + norm.eps).sqrt()[:, None]
         x_CL = (x_CL - mean) / deviation * norm.weight[:, None] + norm.bias[:, None]
     else:
-        assert isinstance(norm, ChannelNorm)
+        assert isinstance(norm, RMSNorm)
         x_CL = x_CL / (x_CL.square().mean(0) + 1e-5).sqrt() * norm.weight[:, None]
     return x_CL * (1 + torch.erf(x_CL / math.sqrt(2))) / 2
+
+
+def slow_norm_gelu_conv(x_CL: Tensor, module: object) -> Tensor:
+    assert isinstance(module, NormGeluConv)
+    return slow_conv(slow_norm_gelu(x_CL, module.norm), module.conv)
 
 
 def slow_stem(stem: ConvStem, tokens_L: Tensor, pools: tuple[int, ...]) -> Tensor:
@@ -68,10 +72,8 @@ def slow_stem(stem: ConvStem, tokens_L: Tensor, pools: tuple[int, ...]) -> Tenso
     x = slow_conv(one_hot, stem.first)
     for pool, stage in zip(pools, stem.stages, strict=True):
         x = torch.stack([x[:, i : i + pool].amax(1) for i in range(0, x.shape[1], pool)], 1)
-        norm, _, conv = stage.conv  # type: ignore[union-attr,misc]
-        x = slow_conv(slow_norm_gelu(x, norm), conv)
-        norm, _, conv = stage.pointwise  # type: ignore[union-attr,misc]
-        x = x + slow_conv(slow_norm_gelu(x, norm), conv)
+        x = slow_norm_gelu_conv(x, stage.conv)
+        x = x + slow_norm_gelu_conv(x, stage.pointwise)
     return x.T
 
 
@@ -131,9 +133,9 @@ def test_a_part_with_its_halo_has_the_features_of_the_whole(
         )
         for bin_bp, expected in finer.items():
             factor = stem.bin_bp // bin_bp
-            got = found[bin_bp][..., before * factor : (before + stop - start) * factor]
+            got = found[bin_bp][:, before * factor : (before + stop - start) * factor]
             torch.testing.assert_close(
-                got, expected[..., start * factor : stop * factor], rtol=1e-12, atol=1e-12
+                got, expected[:, start * factor : stop * factor], rtol=1e-12, atol=1e-12
             )
 
 
@@ -147,11 +149,12 @@ def test_finer_resolutions_are_the_last_features_there() -> None:
     stem = ConvStem(config, 9).eval()
     tokens = random_tokens(2, 32)
     features, finer = stem.with_finer(tokens, config.finer)
-    assert {bin_bp: tuple(tensor.shape) for bin_bp, tensor in finer.items()} == {1: (2, 6, 32), 2: (2, 8, 16)}
+    assert {bin_bp: tuple(tensor.shape) for bin_bp, tensor in finer.items()} == {1: (2, 32, 6), 2: (2, 16, 8)}
     assert torch.equal(features, stem(tokens)) and features.shape == (2, 4, 9)
     assert stem.with_finer(tokens, (2,))[1].keys() == {2}
     # the next stage takes the finer features as they are
-    torch.testing.assert_close(stem.stages[3](finer[2]).transpose(1, 2), features)
+    summands = stem.stages[3](finer[2].unflatten(1, (-1, 4)).amax(2))
+    torch.testing.assert_close(sum(summands), features)
 
 
 def test_the_base_stem_is_a_vector_for_each_base_and_one_for_none() -> None:

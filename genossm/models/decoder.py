@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from genossm.models.norm import RMSNorm
-from genossm.models.stem import StemConfig, norm_gelu_conv
+from genossm.models.stem import NormGeluConv, StemConfig
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(width)
 
     def forward(self, x_BLD: Tensor, finer: Mapping[int, Tensor]) -> Tensor:
-        """Features of the trunk, and the stem's (batch, channels, length / bin) by base pairs of the bin."""
-        x_BDL = x_BLD.transpose(1, 2)
+        """Features of the trunk, and the stem's (batch, length / bin, channels) by base pairs of the bin."""
         for bin_bp, level in zip(self.finer, self.levels, strict=True):
-            x_BDL = level(x_BDL, finer[bin_bp])
-        y_BLD: Tensor = self.norm(x_BDL.transpose(1, 2))
+            x_BLD = level(x_BLD, finer[bin_bp])
+        y_BLD: Tensor = self.norm(x_BLD)
         return y_BLD
 
 
@@ -88,12 +88,13 @@ class _Level(nn.Module):
     def __init__(self, width: int, channels: int, factor: int, kernel: int, stem: StemConfig) -> None:
         super().__init__()
         self.factor = factor
-        self.skip = nn.Conv1d(channels, width, 1)
-        self.conv = norm_gelu_conv(width, width, kernel, stem.norm)
-        self.pointwise = norm_gelu_conv(width, width, 1, stem.norm)
+        self.skip = nn.Linear(channels, width)
+        self.conv = NormGeluConv(width, width, kernel, stem.norm)
+        self.pointwise = NormGeluConv(width, width, 1, stem.norm)
 
-    def forward(self, x_BDL: Tensor, skip_BCL: Tensor) -> Tensor:
-        x_BDL = x_BDL.repeat_interleave(self.factor, 2) + self.skip(skip_BCL)
-        x_BDL = x_BDL + self.conv(x_BDL)
-        x_BDL = x_BDL + self.pointwise(x_BDL)
-        return x_BDL
+    def forward(self, x_BLD: Tensor, skip_BLC: Tensor) -> Tensor:
+        skip_BLD: Tensor = self.skip(skip_BLC)
+        x_BLD = (x_BLD.unsqueeze(2) + torch.unflatten(skip_BLD, 1, (-1, self.factor))).flatten(1, 2)
+        x_BLD = x_BLD + self.conv(x_BLD)
+        x_BLD = x_BLD + self.pointwise(x_BLD)
+        return x_BLD

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genossm.kernels.arguments import accumulation
 from genossm.kernels.gated_norm import gated_rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm over the last axis, with the weight in x's dtype: autocast else leaves the fused kernel out.
+    """torch's RMSNorm over the last axis; on CUDA as one kernel each way, whatever the weight's dtype.
 
     Args:
         width: size of the last axis.
@@ -21,7 +20,9 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
+        assert self.weight is not None and self.eps is not None
+        if x.is_cuda:
+            return gated_rms_norm(x, self.weight, eps=self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -38,15 +39,3 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return gated_rms_norm(x, self.weight, gate)
-
-
-class ChannelNorm(nn.Module):
-    """RMSNorm over the channels of a (batch, channels, length) tensor, each position on its own."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x_BDL: Tensor) -> Tensor:
-        scale = x_BDL.to(accumulation(x_BDL.dtype)).square().mean(1, keepdim=True).add(1e-5).rsqrt()
-        return x_BDL * scale.to(x_BDL.dtype) * self.weight.to(x_BDL.dtype)[:, None]

@@ -21,10 +21,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from genossm.kernels.batch_norm_gelu import batch_norm_gelu
 from genossm.models.mixers.attention import Attention
 from genossm.models.mixers.conv import GatedConv
 from genossm.models.mixers.h3 import H3
@@ -34,7 +34,7 @@ from genossm.models.mixers.mamba import Mamba
 from genossm.models.mixers.mamba2 import Mamba2
 from genossm.models.mixers.mamba3 import Mamba3
 from genossm.models.mlp import GatedMLP, MixtureOfExperts
-from genossm.models.stem import NO_BASE, BaseStem
+from genossm.models.stem import NO_BASE, BaseStem, BatchNormGelu
 
 if TYPE_CHECKING:
     from genossm.models.encoder import EncoderConfig
@@ -73,9 +73,9 @@ def tie(encoder: nn.Module) -> None:
     }
     for path, module in list(encoder.named_modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d):
+            if isinstance(child, BatchNormGelu):
                 setattr(module, name, PairedBatchNorm(child.num_features))
-        if isinstance(module, nn.BatchNorm1d):
+        if isinstance(module, BatchNormGelu):
             continue  # replaced
         for name, parameter in list(module.named_parameters(recurse=False)):
             rule = rules.get(f"{path}.{name}", Rule())
@@ -204,22 +204,22 @@ class _Part:
     stored: int
 
 
-class PairedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of (batch, channels, length) where a channel and its mirror image are one: half as many are stored."""
+class PairedBatchNorm(BatchNormGelu):
+    """`BatchNormGelu` where a channel and its mirror image are one: half as many are stored."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels // 2)
 
-    def forward(self, x_BCL: Tensor) -> Tensor:
+    def forward(self, x_BLC: Tensor) -> Tensor:
         if self.training:
-            first, last = x_BCL.chunk(2, 1)
-            first, last = super().forward(torch.cat([first, last.flip(1)])).chunk(2)
-            return torch.cat([first, last.flip(1)], 1)
+            first, last = x_BLC.chunk(2, 2)
+            first, last = super().forward(torch.cat([first, last.flip(2)])).chunk(2)
+            return torch.cat([first, last.flip(2)], 2)
         stored = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, variance, weight, bias = (
             torch.cat([half, half.flip(0)]) for half in stored if half is not None
         )
-        return F.batch_norm(x_BCL, mean, variance, weight, bias, eps=self.eps)
+        return batch_norm_gelu(x_BLC, weight, bias, (mean, variance), eps=self.eps)[0]
 
 
 def _rules(module: nn.Module) -> dict[str, Rule]:

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genossm.models.norm import ChannelNorm
+from genossm.kernels.batch_norm_gelu import batch_norm_gelu
+from genossm.kernels.motif_conv import motif_conv
+from genossm.kernels.sum_pool import sum_pool
+from genossm.models.norm import RMSNorm
 
 NO_BASE = 4
 """The code of a position without a base."""
@@ -84,8 +87,6 @@ class ConvStem(nn.Module):
         halo_bp: the same in whole bins: what a part of a sequence needs on each side to have its features.
     """
 
-    bases: Tensor
-
     def __init__(self, config: StemConfig, width: int) -> None:
         super().__init__()
         self.bin_bp = config.bin_bp
@@ -94,33 +95,41 @@ class ConvStem(nn.Module):
             reach = (reach + config.kernel // 2) * pool
         self.reach_bp = reach + config.first_kernel // 2
         self.halo_bp = -(-self.reach_bp // self.bin_bp) * self.bin_bp
-        self.register_buffer("bases", torch.eye(5)[:, :NO_BASE].clone(), persistent=False)
-        self.first = nn.Conv1d(
-            NO_BASE, config.channels[0], config.first_kernel, padding=config.first_kernel // 2
-        )
+        self.first = nn.Conv1d(NO_BASE, config.channels[0], config.first_kernel, bias=config.norm != "batch")
         outputs = (*config.channels[1:], width)
         self.stages = nn.ModuleList(
-            _Stage(inputs, output, pool, config)
-            for inputs, output, pool in zip(config.channels, outputs, config.pool, strict=True)
+            _Stage(inputs, output, config) for inputs, output in zip(config.channels, outputs, strict=True)
         )
+        self.pool = config.pool
         self.stage_bp = tuple(prod(config.pool[: stage + 1]) for stage in range(len(config.pool)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.with_finer(tokens, ())[0]
 
     def with_finer(self, tokens: Tensor, finer: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """The features, and those at finer bins: (batch, channels, length / bin) by base pairs of the bin."""
+        """The features, and those at finer bins: (batch, length / bin, channels) by base pairs of the bin."""
         if tokens.shape[1] % self.bin_bp:
             raise ValueError(
                 f"the length {tokens.shape[1]} is no multiple of the bin of {self.bin_bp} bp; pad with code 4"
             )
-        x_BCL: Tensor = self.first(F.embedding(tokens.int(), self.bases).transpose(1, 2))
-        found = {1: x_BCL} if 1 in finer else {}
-        for bin_bp, stage in zip(self.stage_bp, self.stages, strict=True):
-            x_BCL = stage(x_BCL)
+        found: dict[int, Tensor] = {}
+        x_BLC, pools = self._first(tokens, 1 if 1 in finer else self.pool[0]), list(self.pool)
+        if 1 in finer:
+            found[1] = x_BLC
+        else:
+            pools[0] = 1
+        more_BLC: Tensor | None = None
+        for bin_bp, pool, stage in zip(self.stage_bp, pools, self.stages, strict=True):
+            x_BLC, more_BLC = stage(sum_pool(x_BLC, more_BLC, pool))
             if bin_bp in finer:
-                found[bin_bp] = x_BCL
-        return x_BCL.transpose(1, 2), found
+                found[bin_bp] = x_BLC = sum_pool(x_BLC, more_BLC, 1)
+                more_BLC = None
+        return sum_pool(x_BLC, more_BLC, 1), found
+
+    def _first(self, tokens: Tensor, pool: int) -> Tensor:
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.first.weight.dtype
+        return motif_conv(tokens, self.first.weight, self.first.bias, pool=pool, dtype=dtype)
 
 
 class BaseStem(nn.Embedding):
@@ -154,22 +163,61 @@ def build_stem(config: StemConfig, width: int) -> Stem:
 
 
 class _Stage(nn.Module):
-    def __init__(self, inputs: int, outputs: int, pool: int, config: StemConfig) -> None:
+    """Pooled features to the two summands of the stage's: a convolution's, and what a pointwise layer makes of them."""
+
+    def __init__(self, inputs: int, outputs: int, config: StemConfig) -> None:
         super().__init__()
-        self.pool = nn.MaxPool1d(pool) if pool > 1 else nn.Identity()
-        self.conv = norm_gelu_conv(inputs, outputs, config.kernel, config.norm)
-        self.pointwise = norm_gelu_conv(outputs, outputs, 1, config.norm)
+        self.conv = NormGeluConv(inputs, outputs, config.kernel, config.norm)
+        self.pointwise = NormGeluConv(outputs, outputs, 1, config.norm)
 
-    def forward(self, x_BCL: Tensor) -> Tensor:
-        convolved: Tensor = self.conv(self.pool(x_BCL))
-        refined: Tensor = self.pointwise(convolved)
-        return convolved + refined
+    def forward(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        convolved_BLC: Tensor = self.conv(x_BLC)
+        return convolved_BLC, self.pointwise(convolved_BLC)
 
 
-def norm_gelu_conv(inputs: int, outputs: int, kernel: int, norm: Literal["batch", "rms"]) -> nn.Sequential:
-    """(batch, inputs, length) to (batch, outputs, length): norm, GELU and a centred convolution."""
-    return nn.Sequential(
-        nn.BatchNorm1d(inputs) if norm == "batch" else ChannelNorm(inputs),
-        nn.GELU(),
-        nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2),
-    )
+class NormGeluConv(nn.Module):
+    """(batch, length, inputs) to (batch, length, outputs): norm, GELU and a centred convolution.
+
+    With BatchNorm the convolution has no bias: another norm, or a linear layer, takes what it gives.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, norm: Literal["batch", "rms"]) -> None:
+        super().__init__()
+        self.norm = BatchNormGelu(inputs) if norm == "batch" else RMSNormGelu(inputs)
+        self.conv = nn.Conv1d(inputs, outputs, kernel, bias=norm != "batch")
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        y_BLC, weight, bias = self.norm(x_BLC), self.conv.weight, self.conv.bias
+        kernel = weight.shape[2]
+        if kernel == 1:
+            return F.linear(y_BLC, weight[:, :, 0], bias)
+        # an image of height 1, for which libraries have channels last
+        y_BCHL = y_BLC.transpose(1, 2).unsqueeze(2)
+        y_BCHL = F.conv2d(y_BCHL, weight.unsqueeze(2), bias, padding=(0, kernel // 2))
+        return y_BCHL.squeeze(2).transpose(1, 2)
+
+
+class BatchNormGelu(nn.BatchNorm1d):
+    """BatchNorm and GELU of (batch, length, channels), with torch's parameters and running statistics."""
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        if not self.training:
+            known = self.running_mean, self.running_var
+            return batch_norm_gelu(x_BLC, self.weight, self.bias, known, eps=self.eps)[0]
+        y_BLC, mean, variance = batch_norm_gelu(x_BLC, self.weight, self.bias, eps=self.eps)
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        positions = x_BLC.numel() // x_BLC.shape[-1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (positions / max(1, positions - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return y_BLC
+
+
+class RMSNormGelu(RMSNorm):
+    """RMSNorm of each position's channels, and GELU."""
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return F.gelu(super().forward(x_BLC))

@@ -208,7 +208,7 @@ def _stem(
     x_BLD, found = stem.with_finer(read(first, last), finer)
     before, bins = start - first // bin_bp, stop - start
     cut = {
-        fine: tensor[..., before * bin_bp // fine : (before + bins) * bin_bp // fine]
+        fine: tensor[:, before * bin_bp // fine : (before + bins) * bin_bp // fine]
         for fine, tensor in found.items()
     }
     return x_BLD[:, before : before + bins], cut

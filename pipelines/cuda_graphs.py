@@ -1,0 +1,138 @@
+"""A model's work on a CUDA device as CUDA graphs: recorded once for batches of one shape, then launched as a whole.
+
+At 1,024 positions a layer's kernels take a few microseconds each, and launching them one by one from Python takes longer
+than running them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from genossm.models.accessibility import AccessibilityModel
+from genossm.models.mlp import MixtureOfExperts
+from genossm.progress import say
+
+WARM_UP = 3
+"""Runs before the recording: kernels are compiled, libraries choose their algorithms, workspaces are made."""
+
+
+def why_no_graph(model: AccessibilityModel, device: torch.device) -> str | None:
+    """Why the model's work cannot be recorded, or None where it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if any(isinstance(module, MixtureOfExperts) for module in model.modules()):
+        return "with a mixture of experts the host has to know how many positions each expert gets"
+    return None
+
+
+class GraphedTraining:
+    """`model(tokens)` with gradients to the parameters, as a graph each for the forward and the backward pass.
+
+    The first batch decides the shape; batches of other shapes run kernel by kernel. Dropout follows torch.manual_seed as it
+    does without graphs. Gradients are written to the same memory in each step: they must be used before the next one.
+
+    Args:
+        model: in training mode, on its device; not compiled.
+        record: whether to use graphs at all.
+    """
+
+    def __init__(self, model: AccessibilityModel, *, record: bool = True) -> None:
+        self._model = model
+        self._record_first = record
+        self._shape: torch.Size | None = None
+        self._graphed: nn.Module | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Raw outputs, as the model gives them."""
+        if not torch.is_grad_enabled() or not self._model.training:
+            return cast("Tensor", self._model(tokens))
+        if self._record_first and self._shape is None:
+            self._record(tokens)
+        run = self._graphed if self._graphed is not None and tokens.shape == self._shape else self._model
+        return cast("Tensor", run(tokens))
+
+    def _record(self, tokens: Tensor) -> None:
+        self._shape = tokens.shape
+        if (reason := why_no_graph(self._model, tokens.device)) or self._model.config.encoder.checkpoint:
+            if tokens.is_cuda:
+                reason = reason or "layers are computed again in the backward pass (checkpoint)"
+                say(f"CUDA graphs are not used: {reason}")
+            return
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        random = torch.cuda.get_rng_state(tokens.device)
+        # torch's own warm-up leaves its autograd graph alive, and then warns that its nodes are of another stream
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # torch >= 2.10
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        with _without_cast_cache(tokens.device):
+            apart = _Apart(self._model)
+            torch.cuda.make_graphed_callables(apart, (tokens.clone(),), num_warmup_iters=WARM_UP)
+        self._graphed = apart
+        torch.cuda.set_rng_state(random, tokens.device)
+        with torch.no_grad():  # the runs before the recording have moved the running statistics
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+class _Apart(nn.Module):
+    """The model as another module: of that, and not of the model, torch replaces `forward`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cast("Tensor", self.model(tokens))
+
+
+class GraphedPrediction:
+    """`model.predict(tokens)` as a graph, for the shape and the autocast of the first call; others run kernel by kernel.
+
+    Args:
+        model: in evaluation mode, on its device.
+    """
+
+    def __init__(self, model: AccessibilityModel) -> None:
+        self._model = model
+        self._tokens: Tensor | None = None
+        self._values: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Values (batch, bins, tracks). They are overwritten by the next call: copy what is kept."""
+        if self._tokens is None:
+            self._record(tokens)
+        assert self._tokens is not None
+        if self._graph is None or self._values is None or tokens.shape != self._tokens.shape:
+            return self._model.predict(tokens)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._graph.replay()
+        return self._values
+
+    def _record(self, tokens: Tensor) -> None:
+        self._tokens = tokens.clone()
+        if why_no_graph(self._model, tokens.device):
+            return
+        with _without_cast_cache(tokens.device):
+            aside = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream(tokens.device))
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self._model.predict(self._tokens)
+            torch.cuda.current_stream(tokens.device).wait_stream(aside)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._values = self._model.predict(self._tokens)
+
+
+def _without_cast_cache(device: torch.device) -> torch.autocast:
+    """Autocast as it is, without its cache of cast weights, which would outlive a recording."""
+    return torch.autocast(
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
