@@ -32,7 +32,7 @@ class TrainConfig:
         warmup_fraction: part of all steps that is warm-up.
         final_fraction: the last learning rate over the peak.
         clip_norm: gradients are scaled down to this norm.
-        ema_decay: decay of the running average of the weights that is validated and saved; 0 for none.
+        ema_decay: decay of the running average of the weights that is validated and saved, less at first; 0 for none.
         reverse_complement: flip half of the windows, where model.reverse_complement is `augment`.
         jitter_bp: move the sequence by up to this against its bins.
         total_weight: weight of the total against the shape in the loss of count tracks.

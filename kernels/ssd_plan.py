@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from genossm.kernels.ssd_tiles import Launch, Tiles, padded
+from genossm.kernels.ssd_tiles import Launch, Tiles, padded, padded_head
 from genossm.kernels.ssd_triton_gradient import ssd_keys, ssd_pairs, ssd_skip_gradient, ssd_step_gradient
 from genossm.kernels.ssd_triton_scan import ssd_output, ssd_pass, ssd_states, ssd_steps
 from genossm.kernels.triton_launch import KernelLaunch
@@ -85,7 +85,7 @@ class SsdPlan:
         self._sizes: dict[str, object] = {
             "P": self.head_dim,
             "N": self.state,
-            "BP": padded(self.head_dim),
+            "BP": padded_head(self.head_dim, x.dtype),
             "BN": padded(self.state),
         }
         self._form: dict[str, object] = {"Q": self.chunk, "PACKED": self.packed, "EVEN": self.even}

@@ -100,7 +100,8 @@ def ssd_steps(
             ]
         if SOFTPLUS:
             step = softplus(step)
-        step = tl.where(seen, step, 0.0)
+        if HAS_BIAS or SOFTPLUS:  # else it is 0 there (and Triton 3.6 cannot compile the choice)
+            step = tl.where(seen, step, 0.0)
         weight = tl.maximum(step, LEAST_STEP)
         a = (
             tl.load(A + h * a_head + direction * a_direction, mask=h < heads, other=0.0).to(tl.float32)

@@ -54,6 +54,10 @@ SIZES = (
     {"state": 16},
     {"state": 256},
     {"heads": 3, "head_dim": 40, "state": 24},
+    {"heads": 8, "head_dim": 32},
+    {"heads": 2, "head_dim": 32, "state": 128},
+    {"head_dim": 16, "state": 16},
+    {"head_dim": 128, "state": 32},
 )
 OF_LENGTHS = [Case(length, dtype) for dtype in (torch.bfloat16, torch.float32) for length in LENGTHS]
 OF_SIZES = [
@@ -143,6 +147,16 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
         if not error < tolerance * (3 if name in SUMMED else 1):
             errors[name] = error
     assert not errors
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+def test_step_sizes_as_they_are(heads: int, direction: str) -> None:
+    """Positive, without bias and softplus, heads next to each other: compiled otherwise."""
+    inputs = {name: make(Case(300, heads=heads))[name] for name in ("x", "dt", "A", "B", "C")}
+    inputs["dt"] = inputs["dt"].abs() / 10
+    expected = truth(inputs, direction, dt_softplus=False)
+    assert_close(run(inputs, direction, dt_softplus=False), expected, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("case", [*OF_LENGTHS, *OF_SIZES, *OF_DIRECTIONS, HALF], ids=str)
