@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +17,19 @@ from genossm.errors import DataError, DeviceError
 from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
+from genossm.pipelines.cuda_graphs import GraphedPrediction
 from genossm.pipelines.device import describe
 from genossm.pipelines.selection import select
 from genossm.sequence import NO_BASE
 from genossm.windows import Window, target_of
 
 Progress = Callable[[int], object]
+Precision = Literal["float32", "bf16"]
+
+READ_AHEAD = 3
+"""Batches that are read before they are asked for."""
+UNDER_WAY = 2
+"""Batches that the device has, while values of an earlier one are handed out."""
 
 
 def predict_chromosome(
@@ -80,12 +90,16 @@ def predict_windows(
     batch_size: int,
     device: torch.device | str,
     progress: Progress | None = None,
+    precision: Precision = "float32",
 ) -> Iterator[npt.NDArray[np.float32]]:
     """For each window, in order, its target bins inside the chromosome: float32 (bins, tracks).
 
-    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. The model
-    computes in float32 (PyTorch lets convolutions use TF32 on CUDA); batches of another size differ by rounding
-    only, on a CPU by less than 1e-5 of a probability.
+    Bins of which more than half is N are NaN; a window of nothing else never reaches the model. Batches of another
+    size differ by rounding only, on a CPU by less than 1e-5 of a probability. The genome is read, and values are handed
+    out, while the device computes; on CUDA full batches run as one CUDA graph.
+
+    Args:
+        precision: `float32` (PyTorch lets convolutions use TF32 on CUDA), or `bf16` autocast.
 
     Raises:
         DataError: the model gives NaN or infinity.
@@ -93,9 +107,15 @@ def predict_windows(
     """
     place = torch.device(device)
     model = model.to(place).eval()
+    under_way: deque[_UnderWay] = deque()
     try:
-        for items in _batches(model, genome, windows, batch_size):
-            yield from _computed(model, items, place, progress)
+        start = _starter(model, place, precision)
+        for batch in _ahead(_batches(model, genome, windows, batch_size)):
+            under_way.append(start(batch))
+            if len(under_way) > UNDER_WAY:
+                yield from _finished(under_way.popleft(), len(model.tracks), progress)
+        while under_way:
+            yield from _finished(under_way.popleft(), len(model.tracks), progress)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{describe(place)} has not enough memory for batches of {batch_size} windows of "
@@ -117,57 +137,109 @@ def placed(model: AccessibilityModel, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Item:
-    """A window on its way: `codes` None where every target bin is a gap."""
+    """A window on its way: which of its target bins are gaps, and the base pairs it stands for."""
 
-    codes: npt.NDArray[np.int8] | None
     gap: npt.NDArray[np.bool_]
     target_bp: int
+
+    @property
+    def needs_model(self) -> bool:
+        return not self.gap.all()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Windows one after another, and the codes (windows, bases) of those that need the model; None where none does."""
+
+    items: list[_Item]
+    codes: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _UnderWay:
+    """A batch that the device may still compute: `values` (windows, bins, tracks) on the host are there after `arrival`."""
+
+    items: list[_Item]
+    values: torch.Tensor | None
+    arrival: torch.cuda.Event | None
 
 
 def _batches(
     model: AccessibilityModel, genome: Genome, windows: Iterable[Window], batch_size: int
-) -> Iterator[list[_Item]]:
+) -> Iterator[_Batch]:
     """Runs of windows of which `batch_size` need the model, and a last one with the rest."""
     items: list[_Item] = []
-    waiting = 0
+    codes: list[npt.NDArray[np.int8]] = []
     for window in windows:
-        codes = genome.window(window.chrom, window.start, window.end)
+        seen = genome.window(window.chrom, window.start, window.end)
         length_bp = genome.lengths[window.chrom]
-        gap = gap_bins(codes, window, model.margin_bp, model.bin_bp, length_bp)
+        gap = gap_bins(seen, window, model.margin_bp, model.bin_bp, length_bp)
         start, end = target_of(window, model.margin_bp, length_bp)
-        items.append(_Item(None if gap.all() else codes, gap, end - start))
-        waiting += items[-1].codes is not None
-        if waiting == batch_size:
-            yield items
-            items, waiting = [], 0
+        items.append(_Item(gap, end - start))
+        if items[-1].needs_model:
+            codes.append(seen)
+        if len(codes) == batch_size:
+            yield _Batch(items, torch.from_numpy(np.stack(codes)))
+            items, codes = [], []
     if items:
-        yield items
+        yield _Batch(items, torch.from_numpy(np.stack(codes)) if codes else None)
 
 
-def _computed(
-    model: AccessibilityModel, items: Sequence[_Item], device: torch.device, progress: Progress | None
-) -> Iterator[npt.NDArray[np.float32]]:
-    """The values of each window of one batch, margins cropped."""
-    batch = [item.codes for item in items if item.codes is not None]
-    outputs: Iterator[npt.NDArray[np.float32]] = iter(())
-    if batch:
-        margin_bins = model.margin_bp // model.bin_bp
-        with torch.inference_mode():
-            values = model.predict(torch.from_numpy(np.stack(batch)).to(device)).float()
-            outputs = iter(values[:, margin_bins : values.shape[1] - margin_bins].cpu().numpy())
-    for item in items:
-        values_of_window = np.full((len(item.gap), len(model.tracks)), np.nan, dtype=np.float32)
-        if item.codes is not None:
+def _ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same batches, read by another thread before they are asked for."""
+    with ThreadPoolExecutor(1, thread_name_prefix="genome") as reader:
+        pending = deque(reader.submit(next, batches, None) for _ in range(READ_AHEAD))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(reader.submit(next, batches, None))
+            yield batch
+
+
+def _starter(
+    model: AccessibilityModel, device: torch.device, precision: Precision
+) -> Callable[[_Batch], _UnderWay]:
+    """A function that has the device begin with a batch; it waits for nothing on CUDA."""
+    margin_bins = model.margin_bp // model.bin_bp
+    predict: Callable[[torch.Tensor], torch.Tensor] = model.predict
+    if device.type == "cuda":
+        predict = GraphedPrediction(model)
+
+    @torch.inference_mode()
+    def start(batch: _Batch) -> _UnderWay:
+        if batch.codes is None:
+            return _UnderWay(batch.items, None, None)
+        codes = batch.codes.pin_memory() if device.type == "cuda" else batch.codes
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            values = predict(codes.to(device, non_blocking=True))
+        values = values[:, margin_bins : values.shape[1] - margin_bins].float()
+        if device.type != "cuda":
+            return _UnderWay(batch.items, values, None)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrival.record(torch.cuda.current_stream(device))
+        return _UnderWay(batch.items, on_host, arrival)
+
+    return start
+
+
+def _finished(batch: _UnderWay, tracks: int, progress: Progress | None) -> Iterator[npt.NDArray[np.float32]]:
+    """The values of each window of one batch."""
+    if batch.arrival is not None:
+        batch.arrival.synchronize()
+    outputs = iter(()) if batch.values is None else iter(batch.values.numpy())
+    for item in batch.items:
+        values = np.full((len(item.gap), tracks), np.nan, dtype=np.float32)
+        if item.needs_model:
             present = ~item.gap
-            values_of_window[present] = next(outputs)[: len(item.gap)][present]
-            if not np.isfinite(values_of_window[present]).all():
+            values[present] = next(outputs)[: len(item.gap)][present]
+            if not np.isfinite(values[present]).all():
                 raise DataError(
                     "the model gave NaN or infinity where the genome has bases: its weights are damaged or "
                     "overflowed; train it again"
                 )
         if progress is not None:
             progress(item.target_bp)
-        yield values_of_window
+        yield values
 
 
 def gap_bins(
