@@ -41,7 +41,7 @@ class TrainConfig:
         compile: run the model through torch.compile.
         cuda_graphs: on CUDA, where the model is not compiled, launch forward and backward pass as a whole.
         workers: threads or processes that read; 0 reads when a batch is asked for.
-        loader: `threads`, `processes`, or `auto`: processes where the targets are compressed, else threads.
+        loader: `threads` or `processes`; the second is of use for compressed targets and many cores alone.
         prefetch: batches that are read ahead.
         data_on: what lies on the device for the whole training: `host` (nothing), `genome`, `device` (genome and
             targets), or `auto` (on CUDA what takes little room and time).
@@ -74,7 +74,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graphs: bool = True
     workers: int = 2
-    loader: Literal["auto", "threads", "processes"] = "auto"
+    loader: Literal["threads", "processes"] = "threads"
     prefetch: int = 4
     data_on: Literal["auto", "host", "genome", "device"] = "auto"
     sampling: Literal["all", "signal"] = "all"

@@ -8,17 +8,20 @@ chromosome (the genome pads there), its target never does once clipped by `targe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from genossm.atomic import atomic_path
 from genossm.errors import ConfigError, DataError, FileError
 from genossm.interval import bases_below, merge
 
 COLUMNS = ("chrom", "start", "end", "split")
+Positions = npt.NDArray[np.int64]
+_FAR = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +113,53 @@ def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[st
     Raises:
         DataError: a window on a chromosome that `lengths` lacks.
     """
+    leaks: list[tuple[int, Leak]] = []
+    for other, starts, ends, rest, spans in _against_others(windows, margin_bp, lengths):
+        bases = bases_below(spans[:, 1], starts, ends) - bases_below(spans[:, 0], starts, ends)
+        leaks += [(int(rest[k]), Leak(windows[rest[k]], other, int(bases[k]))) for k in np.flatnonzero(bases)]
+    return [leak for _, leak in sorted(leaks, key=lambda found: (found[0], found[1].other))]
+
+
+def split_distance(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[str, int]) -> int | None:
+    """The fewest bp between a window, margins included, and a target base of another split; 0 where they touch or leak.
+
+    None where no chromosome has windows of two splits.
+
+    Raises:
+        DataError: a window on a chromosome that `lengths` lacks.
+    """
+    nearest: int | None = None
+    for _, starts, ends, _, spans in _against_others(windows, margin_bp, lengths):
+        if not starts.size or not spans.size:
+            continue
+        following = np.searchsorted(starts, spans[:, 0], side="left")
+        before = np.where(following > 0, spans[:, 0] - ends[following - 1], _FAR)
+        after = np.where(
+            following < starts.size, starts[np.minimum(following, starts.size - 1)] - spans[:, 1], _FAR
+        )
+        closest = max(0, int(np.minimum(before, after).min()))
+        nearest = closest if nearest is None else min(nearest, closest)
+    return nearest
+
+
+def _against_others(
+    windows: Sequence[Window], margin_bp: int, lengths: Mapping[str, int]
+) -> Iterator[tuple[str, Positions, Positions, Positions, Positions]]:
+    """For each chromosome of several splits and each of these: its name, (starts, ends) of its merged targets, and of
+    all other splits' windows there the indices and the spans (n, 2)."""
     by_chrom: dict[str, dict[str, list[int]]] = {}
     for index, window in enumerate(windows):
         if window.chrom not in lengths:
             raise DataError(f"window {window} is on {window.chrom}, which the genome does not have")
         by_chrom.setdefault(window.chrom, {}).setdefault(window.split, []).append(index)
-    leaks: list[tuple[int, Leak]] = []
     for chrom, splits in by_chrom.items():
-        if len(splits) < 2:
-            continue
-        length_bp = lengths[chrom]
-        for other, members in splits.items():
-            targets = np.array([target_of(windows[i], margin_bp, length_bp) for i in members], dtype=np.int64)
-            starts, ends = merge(targets[:, 0], targets[:, 1])
+        for other, members in splits.items() if len(splits) > 1 else ():
+            targets = np.array(
+                [target_of(windows[i], margin_bp, lengths[chrom]) for i in members], dtype=np.int64
+            )
             rest = np.array([i for name, ids in splits.items() if name != other for i in ids], dtype=np.int64)
             spans = np.array([(windows[i].start, windows[i].end) for i in rest], dtype=np.int64)
-            bases = bases_below(spans[:, 1], starts, ends) - bases_below(spans[:, 0], starts, ends)
-            leaks += [
-                (int(rest[k]), Leak(windows[rest[k]], other, int(bases[k]))) for k in np.flatnonzero(bases)
-            ]
-    return [leak for _, leak in sorted(leaks, key=lambda found: (found[0], found[1].other))]
+            yield other, *merge(targets[:, 0], targets[:, 1]), rest, spans
 
 
 def write_windows(path: str | os.PathLike[str], windows: Iterable[Window]) -> None:

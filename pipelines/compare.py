@@ -27,6 +27,7 @@ from genossm.pipelines.site_scores import SiteScores, sites_sha256
 from genossm.pipelines.train import fingerprint, track_heads
 from genossm.progress import progress, say
 from genossm.run_config import load_run_config
+from genossm.sampling import count_steps
 from genossm.version import versions
 
 SPLITS = ("test", "valid")
@@ -295,7 +296,7 @@ def _candidates(
                 source,
                 config,
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                epoch_bp=len(windows) // settings.batch_size * step_bp,
+                epoch_bp=count_steps(len(windows), settings.batch_size) * step_bp,
                 batch_size=max(1, step_bp // data.window_bp),
             )
         )

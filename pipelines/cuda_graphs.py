@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from genossm.device_lock import DEVICE_LOCK
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.mlp import MixtureOfExperts
 from genossm.progress import say
@@ -66,7 +67,7 @@ class GraphedTraining:
         # torch's own warm-up leaves its autograd graph alive, and then warns that its nodes are of another stream
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # torch >= 2.10
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        with _without_cast_cache(tokens.device):
+        with _without_cast_cache(tokens.device), DEVICE_LOCK:
             apart = _Apart(self._model)
             torch.cuda.make_graphed_callables(apart, (tokens.clone(),), num_warmup_iters=WARM_UP)
         self._graphed = apart
@@ -124,7 +125,7 @@ class GraphedPrediction:
                     self._model.predict(self._tokens)
             torch.cuda.current_stream(tokens.device).wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with DEVICE_LOCK, torch.cuda.graph(self._graph):
                 self._values = self._model.predict(self._tokens)
 
 

@@ -30,6 +30,8 @@ from genossm.pipelines.cuda_behaviour import CudaBehaviour, workspace
 
 ALLOCATION_UNIT = 512
 """Bytes: PyTorch's CUDA allocator gives whole multiples of this."""
+OPERATORS = ("batch_norm_gelu", "gated_norm", "motif_conv", "selective_scan", "short_conv", "ssd", "sum_pool")
+"""Of genossm.kernels, with Triton kernels."""
 PROCESSORS = 132
 """Multiprocessors of the GPU that is rehearsed (H100, H200): kernels cut their work, and some buffers, by them."""
 
@@ -52,7 +54,7 @@ class Rehearsal(contextlib.AbstractContextManager["Rehearsal"]):
                 "memory and FLOPs are counted with the launching code of the Triton kernels, and Triton is not installed "
                 "(it is there for Linux); run this on a Linux machine, a GPU is not needed"
             )
-        for operator in ("gated_norm", "selective_scan", "short_conv", "ssd"):
+        for operator in OPERATORS:
             import_module(f"genossm.kernels.{operator}_triton")  # which registers operators and their FLOPs
         self._behaviour = CudaBehaviour()
         self._memory = _Memory(self._behaviour)

@@ -7,7 +7,8 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from genossm.progress import progress, say
 
 LETTERS = np.frombuffer(b"ACGTN", dtype=np.uint8)
 LINE_BP = 60
+RECORD_NAME = "simulation.json"
 TRUTH_COLUMNS = (
     "chrom",
     "start",
@@ -100,7 +102,7 @@ def simulate(
     if not signal:
         parameters["signal"] = False
     folder = Path(out).absolute()
-    if _holds_simulation(folder, parameters, force):
+    if holds_simulation(folder, parameters, force):
         say(f"{folder} already holds this simulation; nothing to do")
         return folder
 
@@ -115,10 +117,7 @@ def simulate(
         if signal:
             counts.append(rng.poisson(chromosome.cut_rate).astype(np.int32))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
+    with simulation_folder(folder) as temporary:
         _write_fasta(temporary / "genome.fa", names, drawn)
         _write_peaks(temporary / "peaks.narrowPeak", names, drawn)
         if signal:
@@ -128,13 +127,28 @@ def simulate(
         _write_truth(temporary / "truth.tsv", names, drawn)
         _write_dataset_yaml(temporary / "dataset.yaml", names, parameters)
         summary = {
-            "genossm": __version__,
-            "parameters": parameters,
             "sites": _count_sites(site for chromosome in drawn for site in chromosome.sites),
             "open_fraction": round(_open_bp(drawn) / (chromosomes * chromosome_bp), 5),
         }
-        (temporary / "simulation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_record(temporary, parameters, summary)
+    return folder
+
+
+@contextmanager
+def simulation_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files take their places in `folder` at the end, or leave nothing behind.
+
+    Raises:
+        FileError: the disk is full or the folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
         _move_in(temporary, folder)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(
             f"cannot write the simulation to {folder}: {error.strerror or error}; free space or choose "
@@ -142,14 +156,19 @@ def simulate(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _holds_simulation(folder: Path, parameters: dict[str, object], force: bool) -> bool:
+def write_record(folder: Path, parameters: dict[str, object], summary: dict[str, object]) -> None:
+    """Write simulation.json: the version, the parameters, and what came of them."""
+    record = {"genossm": __version__, "parameters": parameters, **summary}
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def holds_simulation(folder: Path, parameters: dict[str, object], force: bool) -> bool:
     """True when `folder` is this simulation, False when it may be written; anything else is an error."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    record = folder / "simulation.json"
+    record = folder / RECORD_NAME
     if not record.is_file():
         raise DataError(f"{folder} exists and is not a simulation of genossm: choose another folder")
     try:
@@ -172,7 +191,7 @@ def _move_in(temporary: Path, folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(temporary, folder)
         return
-    record = folder / "simulation.json"
+    record = folder / RECORD_NAME
     record.unlink()
     for path in temporary.iterdir():
         if path.name != record.name:

@@ -21,15 +21,15 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from torch.utils.data import DataLoader
 
 from genossm import checkpoint
 from genossm.atomic import atomic_write_text
 from genossm.config import apply_overrides, build, dump_yaml, load_yaml, to_mapping
+from genossm.data_module import WindowDataModule
 from genossm.dataset import PreparedDataset
 from genossm.dataset_config import TrackConfig
 from genossm.errors import CheckpointError, ConfigError, DataError, TrainingError
-from genossm.loaders import EpochSampler, Item, WindowDataset
+from genossm.loaders import WindowDataset
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import TrackHead
 from genossm.pipelines.device import describe, pick_device
@@ -123,13 +123,21 @@ def train(
                 f"windows of {length} bp are no multiple of the {model.encoder.trunk_bp} bp that the encoder's stem makes "
                 "one position of; change train.window_bp or the dataset's window.length, or model.encoder.stem.pool"
             )
-    steps_per_epoch = len(training) // resolved.train.batch_size
-    if steps_per_epoch == 0:
+    if len(training) < resolved.train.batch_size:
         raise ConfigError(
             f"batch_size is {resolved.train.batch_size} and an epoch has {len(training)} windows; "
             "lower train.batch_size or set train.windows_per_epoch"
         )
-    total_steps = steps_per_epoch * resolved.train.epochs
+    loaders = WindowDataModule(
+        training,
+        validation,
+        batch_size=resolved.train.batch_size,
+        workers=resolved.train.workers,
+        loader=resolved.train.loader,
+        prefetch=resolved.train.prefetch,
+        data_on=resolved.train.data_on,
+    )
+    total_steps = loaders.steps_per_epoch() * resolved.train.epochs
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"model: {parameters:,} parameters, {len(model.tracks)} tracks; {len(training)} windows of "
@@ -149,8 +157,7 @@ def train(
         try:
             trainer.fit(
                 module,
-                _loader(training, resolved, chosen, shuffle=True),
-                _loader(validation, resolved, chosen, shuffle=False),
+                datamodule=loaders,
                 ckpt_path=folder / RESUME_FILE if resumed else None,
                 weights_only=True,
             )
@@ -259,25 +266,12 @@ def _windows(data: PreparedDataset, config: RunConfig) -> tuple[WindowDataset, W
             reverse_complement=settings.reverse_complement and config.model.reverse_complement == "augment",
             jitter_bp=settings.jitter_bp,
             seed=settings.seed,
+            sampling=settings.sampling,
+            signal_fraction=settings.signal_fraction,
         )
         return training, WindowDataset(data, "valid")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _loader(
-    windows: WindowDataset, config: RunConfig, device: torch.device, *, shuffle: bool
-) -> DataLoader[Item]:
-    workers = config.train.workers
-    return DataLoader(
-        windows,
-        batch_size=config.train.batch_size,
-        sampler=EpochSampler(len(windows), seed=config.train.seed) if shuffle else None,
-        drop_last=shuffle,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
 
 
 def _trainer(

@@ -65,6 +65,34 @@ def test_columns_of_other_tables(tmp_path: Path) -> None:
         read_annotations(write(tmp_path, "chr1\t5\t90\tx\t1\t+\ta\tb\tc\tgene\n", "a.narrowPeak"))
 
 
+GAPPED = "chr1\t100\t900\tp\t50\t.\t150\t260\t0\t3\t1,110,1\t0,50,799\t5.5\t3.0\t2.0\n"
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "bgzip"])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("a.narrowPeak", ["chr1\t100\t900\tp\t50\t.\t5.5\t3.0\t2.0\t30\n"]),
+        ("a.broadPeak", ["chr1\t100\t900\tp\t50\t.\t5.5\t3.0\t2.0\n"]),
+        ("a.gappedPeak", [GAPPED]),  # the whole broad region, as UCSC draws it
+        ("a.bed", ["chr1\t100\t900\n"]),
+        ("a.bed", ["chr1\t100\t900\tname with words\t.\t.\tx\ty\tz\t\t1e5\t{}\n"]),
+    ],
+)
+def test_kinds_of_peaks_in_any_compression(tmp_path: Path, kind: str, name: str, rows: list[str]) -> None:
+    content = ("track name=x\n" + "".join(rows) + "chr2\t5\t7" + rows[0][len("chr1\t100\t900") :]).encode()
+    path = tmp_path / {"plain": name, "gzip": f"{name}.gz", "bgzip": f"{name}.bgz"}[kind]
+    if kind == "bgzip":
+        with bgzf.BgzfWriter(str(path)) as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if kind == "gzip" else content)
+    peaks = read_annotations(path)
+    assert rows_of(peaks) == [("chr1", 100, 900), ("chr2", 5, 7)]
+    assert peaks.summits[0] == (130 if name == "a.narrowPeak" else 500)
+    assert peaks.oddities["header_lines"] == 1
+
+
 def test_summits_are_the_whole_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK_ROWS", 2)
     row = "chr1\t{0}\t{1}\tp\t0\t.\t1\t1\t1\t3\n"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,20 @@ def test_the_report_of_the_tiny_dataset(folder: Path, tiny_lengths: dict[str, in
     assert chromosomes["length"].to_dict() == tiny_lengths
     assert chromosomes["split"].to_dict() == {"chrA": "train", "chrB": "valid", "chrC": "test"}
     assert chromosomes["excluded"].to_dict() == pytest.approx({"chrA": 500 / 40_000, "chrB": 0, "chrC": 0})
+    assert report.splits["split"].tolist() == ["train", "valid", "test"]
+    assert report.splits["length"].tolist() == list(tiny_lengths.values())
+    letters = {
+        name: bases.replace("\n", "")
+        for name, _, bases in (
+            record.partition("\n") for record in (folder / "genome.fa").read_text().split(">")[1:]
+        )
+    }
+    gc = {
+        name: sum(map(bases.count, "GC")) / sum(map(bases.count, "ACGT")) for name, bases in letters.items()
+    }
+    assert chromosomes["gc"].to_dict() == pytest.approx(gc)
+    assert report.splits["gc"].tolist() == pytest.approx(list(gc.values()))
+    assert report.splits["in_train"].tolist()[1:] == [0, 0]
     files = report.files.set_index("track")
     assert files.loc["peaks", "rows"] == 20 + 10 + 1
     assert files.loc["peaks", "bases"] == 31 * 200
@@ -70,6 +87,8 @@ def test_the_report_of_the_tiny_dataset(folder: Path, tiny_lengths: dict[str, in
         covered = [min(start + 200, left + 32) - max(start, left) for left in range(0, 40_000, 32)]
         positive += sum(bases >= 16 for bases in covered)
     assert tracks.loc[("peaks", "train"), "mean"] == pytest.approx(positive / 1_234)
+    assert tracks.loc[("peaks", "train"), "positives"] == positive
+    assert tracks.loc[("signal", "train"), "total"] == pytest.approx(20 * 200 * 2.0)
     assert tracks.loc[("signal", "train"), "mean"] == pytest.approx(20 * 200 * 2.0 / 1_234)
     assert tracks.loc[("signal", "train"), "max"] == 64
     assert tracks.loc[("signal", "test"), "unmasked"] == 0
@@ -298,7 +317,8 @@ def test_bad_input_is_one_sentence_and_status_1(
         assert len(errors) == 1
         assert message in errors[0]
         assert "Traceback" not in err
-    assert sorted(folder.iterdir()) == before
+    # Tracks that prepare had finished wait there for the next attempt.
+    assert sorted(path for path in folder.iterdir() if path.name != ".prepared.preparing") == before
 
 
 def test_what_is_close_to_an_absent_chromosome_is_offered(folder: Path, genossm: Command) -> None:
@@ -446,3 +466,142 @@ def test_a_split_without_positives_is_noted(folder: Path) -> None:
     notes = check(folder / "dataset.yaml").notes
     assert "peaks.narrowPeak (track peaks) has no peak on chrB: bins there are negatives" in notes
     assert "track peaks: no positive bin in the valid split" in notes
+
+
+def test_copies_between_splits_are_noted(folder: Path) -> None:
+    text = (folder / "genome.fa").read_text()
+    start, end = text.index(">chrA"), text.index(">chrB")
+    copied = "".join(text[start:end].split("\n")[1:])[10_000:14_000]
+    chr_c = text.index(">chrC") + len(">chrC\n")
+    (folder / "genome.fa").write_text(text[:chr_c] + f"{copied}\n" + text[chr_c:].replace("\n", ""))
+    report = check(folder / "dataset.yaml", ["tracks=[{name: p, file: peaks.narrowPeak, kind: peaks}]"])
+    share = report.splits.set_index("split")["in_train"]["test"]
+    assert share == pytest.approx((4_000 - 49) / (5_234 - 49))
+    assert (
+        f"{share:.1%} of the 50-mers of the test split stand in the training chromosomes, too (1 in 1 looked at): "
+        "copies, which a model can remember; add repeats and duplications to `exclude`"
+    ) in report.notes
+    (folder / "mask.bed").write_text("chrC\t0\t4000\n")
+    masked = check(folder / "dataset.yaml", ["exclude=mask.bed"])
+    assert masked.splits.set_index("split")["in_train"]["test"] == 0
+    assert not any("50-mers" in note for note in masked.notes)
+
+
+def test_a_fold_of_the_genome_is_printed(folder: Path, genossm: Command) -> None:
+    edit(
+        folder / "dataset.yaml",
+        "{valid: [chrB], test: [chrC]}",
+        "{n_folds: 3, fold: 0}\nchroms: [chrA, chrB, chrC]",
+    )
+    status, out, _ = genossm("check", folder / "dataset.yaml")
+    assert status == 0
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith(("train", "valid", "test"))] == [
+        [split, "1"] for split in ("train", "valid", "test")
+    ]
+
+
+# The same figures on the real data, once in plain numpy and once by bedtools.
+
+SPLITS = {"valid": ("chrIX", "chrXI"), "test": ("chrIV", "chrXIII", "chrXV")}
+BIN_BP = 32
+
+
+@pytest.fixture(scope="module")
+def yeast(realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of the real files, and what `check` says of peaks, and of cut sites from fragments."""
+    source = realdata / "sacCer3"
+    folder = tmp_path_factory.mktemp("yeast")
+    (folder / "dataset.yaml").write_text(
+        f"assembly: sacCer3\ngenome: {source}/sacCer3.fa.gz\nexclude: [{source}/mask_repeats.bed]\n"
+        f"tracks:\n  - {{name: peaks, file: {source}/atac_macs2_peaks.narrowPeak, kind: peaks}}\n"
+        f"  - {{name: cuts, file: {source}/atac_SRR1822137_500k.bedpe.gz, kind: signal, aggregate: sum}}\n"
+        "split: {valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENOSSM_CACHE", str(folder))
+        return source, check(folder / "dataset.yaml")
+
+
+def split_of(chrom: str) -> str:
+    return next((split for split, names in SPLITS.items() if chrom in names), "train")
+
+
+def bases_per_bin(covered: Any) -> Any:
+    return np.add.reduceat(covered, np.arange(0, covered.size, BIN_BP), dtype=np.int64)
+
+
+@pytest.mark.realdata
+def test_real_figures_agree_with_numpy(yeast: tuple[Path, Any]) -> None:
+    source, report = yeast
+    letters: dict[str, Any] = {}
+    for record in gzip.decompress((source / "sacCer3.fa.gz").read_bytes()).split(b">")[1:]:
+        name, _, bases = record.partition(b"\n")
+        if name != b"chrM":
+            letters[name.decode()] = np.frombuffer(bases.replace(b"\n", b""), dtype="S1")
+    covered = {}
+    for file in ("mask_repeats.bed", "atac_macs2_peaks.narrowPeak"):
+        covered[file] = {chrom: np.zeros(bases.size, dtype=bool) for chrom, bases in letters.items()}
+        for row in (source / file).read_text().splitlines():
+            chrom, start, end = row.split("\t")[:3]
+            if chrom in letters:
+                covered[file][chrom][int(start) : int(end)] = True
+    cuts = {chrom: np.zeros(bases.size, dtype=np.int64) for chrom, bases in letters.items()}
+    for row in gzip.decompress((source / "atac_SRR1822137_500k.bedpe.gz").read_bytes()).decode().splitlines():
+        chrom, start, end = row.split("\t")
+        if chrom in cuts:
+            cuts[chrom][int(start) + 4] += 1
+            cuts[chrom][int(end) - 5] += 1
+    gc = {chrom: np.isin(bases, [b"G", b"C"]).mean() for chrom, bases in letters.items()}
+    assert report.chromosomes.set_index("chromosome")["gc"].to_dict() == pytest.approx(gc)
+    tracks = report.tracks.set_index(["track", "split"])
+    for split in ("all", "train", "valid", "test"):
+        bins = unmasked = positives = total = 0
+        highest, squares = 0, 0
+        for chrom, bases in letters.items():
+            if split not in ("all", split_of(chrom)):
+                continue
+            sizes = bases_per_bin(np.ones(bases.size, dtype=bool))
+            kept = bases_per_bin(covered["mask_repeats.bed"][chrom]) < sizes / 4
+            peaks = bases_per_bin(covered["atac_macs2_peaks.narrowPeak"][chrom]) >= sizes / 2
+            counts = bases_per_bin(cuts[chrom])[kept]
+            bins, unmasked = bins + sizes.size, unmasked + int(kept.sum())
+            positives, total = positives + int(peaks[kept].sum()), total + int(counts.sum())
+            highest, squares = max(highest, int(counts.max())), squares + int((counts**2).sum())
+        for track in ("peaks", "cuts"):
+            assert tuple(tracks.loc[(track, split), ["bins", "unmasked"]]) == (bins, unmasked)
+        assert tracks.loc[("peaks", split), "positives"] == positives
+        assert tracks.loc[("peaks", split), "mean"] == pytest.approx(positives / unmasked)
+        assert tracks.loc[("cuts", split), "total"] == total
+        assert tracks.loc[("cuts", split), "max"] == highest
+        assert tracks.loc[("cuts", split), "std"] == pytest.approx(
+            math.sqrt(squares / unmasked - (total / unmasked) ** 2)
+        )
+
+
+@pytest.mark.realdata
+def test_real_positives_agree_with_bedtools(yeast: tuple[Path, Any], tmp_path: Path) -> None:
+    source, report = yeast
+    if shutil.which("bedtools") is None:
+        pytest.skip("bedtools is not installed")
+    bins = tmp_path / "bins.bed"
+    bins.write_text(
+        "".join(
+            f"{row['chromosome']}\t{start}\t{min(start + BIN_BP, row['length'])}\n"
+            for row in report.chromosomes.to_dict("records")
+            for start in range(0, row["length"], BIN_BP)
+        )
+    )
+
+    def coverage(file: str) -> list[list[str]]:
+        command = ["bedtools", "coverage", "-a", bins, "-b", source / file]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return [line.split("\t") for line in done.stdout.splitlines()]
+
+    tracks = report.tracks.set_index(["track", "split"])
+    positives = {"all": 0, "train": 0, "valid": 0, "test": 0}
+    pairs = zip(coverage("mask_repeats.bed"), coverage("atac_macs2_peaks.narrowPeak"), strict=True)
+    for (chrom, _, _, _, masked, size, _), (*_, peaks, _, _) in pairs:
+        if int(masked) < int(size) / 4 and int(peaks) >= int(size) / 2:
+            positives["all"] += 1
+            positives[split_of(chrom)] += 1
+    assert {split: tracks.loc[("peaks", split), "positives"] for split in positives} == positives

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyBigWig
 import pytest
 from click.testing import CliRunner
 
@@ -38,6 +39,53 @@ def test_prepare_as_json(folder: Path, tmp_path: Path) -> None:
     assert printed["folder"] == str(tmp_path / "out")
     assert printed["windows"] == {"train": 14, "valid": 7, "test": 1}
     assert printed["positive_rate"]["peaks"] == PreparedDataset(tmp_path / "out").positive_rate["peaks"]
+    assert printed["dtype"] == "uint8"
+    assert printed["storage_error"]["signal"] == {"largest": 0.0, "rms": 0.0}
+    assert printed["split_check"]["leaks"] == 0
+
+
+def test_the_error_of_storing_is_printed(folder: Path, tmp_path: Path) -> None:
+    bigwig = pyBigWig.open(str(folder / "signal.bw"), "w")
+    bigwig.addHeader([("chrA", 40_000), ("chrB", 20_011)])
+    bigwig.addEntries(["chrA"] * 2, [100, 900], ends=[200, 1_000], values=[0.1, 0.7])
+    bigwig.close()
+    out = tmp_path / "out"
+    arguments = ["prepare", str(folder / "dataset.yaml"), "-o", str(out)]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 0, result.output
+    coding = PreparedDataset(out).storage.codings[1]
+    assert 0 < coding.rms_error < coding.largest_error < 5e-4
+    assert result.stdout.splitlines()[2:] == [
+        f"  signal: stored as float16, relative error {coding.largest_error:.2g} at most, {coding.rms_error:.2g} rms"
+    ]
+
+
+def test_many_tracks_are_not_all_listed(folder: Path, tmp_path: Path) -> None:
+    tracks = ", ".join(
+        f"{{name: t{number}, file: {folder / 'peaks.narrowPeak'}, kind: peaks}}" for number in range(12)
+    )
+    arguments = [
+        "prepare",
+        str(folder / "dataset.yaml"),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        f"tracks=[{tracks}]",
+    ]
+    lines = CliRunner().invoke(group, arguments).stdout.splitlines()
+    assert len(lines) == 12 and lines[10].startswith("  t9: ")
+    assert lines[11] == f"  and 2 more peaks tracks: see {tmp_path / 'out' / 'dataset.json'}"
+
+
+def test_a_dry_run_prints_the_estimate_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    arguments = ["prepare", str(folder / "dataset.yaml"), "-o", str(tmp_path / "out"), "--dry-run"]
+    result = CliRunner().invoke(group, [*arguments, "--jobs", "3"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("2 tracks x 1,915 bins in 22 windows: about ")
+    assert "with 3 processes, measured on peaks, signal on chrC" in result.stdout
+    printed = json.loads(CliRunner().invoke(group, ["--json", *arguments]).stdout)
+    assert printed["estimate"]["bins"] == 1_915 and printed["fits"] is True
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
 def test_overrides_and_force(folder: Path, tmp_path: Path) -> None:
@@ -58,6 +106,7 @@ def test_overrides_and_force(folder: Path, tmp_path: Path) -> None:
         (["check"], "Missing argument"),
         (["check", "dataset.yaml", "--set", "nothing"], "is no override"),
         (["prepare", "dataset.yaml", "-o", "out", "--forse"], "No such option"),
+        (["prepare", "dataset.yaml", "-o", "out", "--jobs", "0"], "0 is not in the range x>=1"),
     ],
 )
 def test_bad_usage_exits_2(arguments: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from genossm.cli import main
 from genossm.pipelines.simulate import simulate
+from genossm.pipelines.simulate_genome import simulate_sparse
 
 
 def test_the_command_writes_what_the_function_writes(
@@ -35,3 +36,42 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").write_text("")
     assert main(["simulate", "-o", str(tmp_path)]) == 1
     assert "is not a simulation of genossm" in capsys.readouterr().err
+
+
+def test_a_sparse_genome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "simulate",
+        "--sparse",
+        "--genome-bp",
+        "1e7",
+        "--tracks",
+        "3",
+        "--signals",
+        "1",
+        "--margin",
+        "16384",
+    ]
+    assert main([*arguments, "-o", str(tmp_path / "a")]) == 0
+    assert "10,000,000 bp, 3 tracks, " in capsys.readouterr().out
+    simulate_sparse(tmp_path / "b", genome_bp=10_000_000, tracks=3, signals=1)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert main(["--json", *arguments, "-o", str(tmp_path / "a")]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["tracks"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparse", "--chromosomes", "3"], "--chromosomes has no meaning with --sparse"),
+        (["--sparse", "--no-signal"], "--no-signal has no meaning with --sparse"),
+        (["--tracks", "3"], "--tracks has no meaning without --sparse"),
+        (["--genome-bp", "1e9"], "--genome-bp has no meaning without --sparse"),
+    ],
+)
+def test_options_of_the_other_kind_are_bad_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["simulate", "-o", str(tmp_path / "s"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from genossm.config import build, to_mapping
+from genossm.cut_sites import CutOptions
 from genossm.dataset_config import (
     DatasetConfig,
     SplitConfig,
@@ -220,8 +222,10 @@ def test_no_tracks_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, DESIGN)
     with pytest.raises(ConfigError, match="tracks is empty"):
         load_dataset_config(path, ["tracks=[]"])
-    with pytest.raises(ConfigError, match=r"tracks is 'peaks\.bed'; a list is needed"):
-        load_dataset_config(path, ["tracks=peaks.bed"])
+    with pytest.raises(ConfigError, match=r"tracks is 5; a list is needed"):
+        load_dataset_config(path, ["tracks=5"])
+    with pytest.raises(FileError, match=r"tracks\.tsv does not exist"):
+        load_dataset_config(path, ["tracks=tracks.tsv"])
 
 
 def test_a_missing_yaml_is_an_error(tmp_path: Path) -> None:
@@ -242,3 +246,147 @@ def test_the_shipped_yeast_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mnase_occupancy", "signal", "mean", "mse"),
     ]
     assert config.split == SplitConfig(valid=("chrIX", "chrXI"), test=("chrIV", "chrXIII", "chrXV"))
+
+
+SPLIT = "{valid: [chrIX, chrXI], test: [chrIV, chrXIII, chrXV]}"
+
+
+def test_several_files_of_a_track(tmp_path: Path) -> None:
+    text = changed(
+        "file: atac_macs2_peaks.narrowPeak, kind: peaks",
+        "files: [a.bed, ../b.bed], kind: peaks, min_samples: 2",
+    )
+    track = load_dataset_config(written(tmp_path, text)).tracks[0]
+    assert (track.file, track.min_samples) == ("", 2)
+    assert (
+        track.paths
+        == track.input_files
+        == track.files
+        == (str(tmp_path / "a.bed"), str(tmp_path.parent / "b.bed"))
+    )
+    assert build(TrackConfig, to_mapping(track), where="dataset.json") == track
+    assert TrackConfig("a", "a.bed", "peaks").paths == ("a.bed",)
+
+
+def test_options_of_cut_sites(tmp_path: Path) -> None:
+    options = "shift: [0, 0], min_mapq: 10, deduplicate: false, barcodes: groups.tsv, group: T cells"
+    text = changed("kind: signal", f"kind: signal, {options}, metadata: {{biosample: K562}}")
+    track = load_dataset_config(written(tmp_path, text)).tracks[1]
+    assert track.cut_options() == CutOptions((0, 0), 10, False, str(tmp_path / "groups.tsv"))
+    assert (track.group, track.metadata) == ("T cells", {"biosample": "K562"})
+    assert track.input_files == (track.file, str(tmp_path / "groups.tsv"))
+    assert build(TrackConfig, to_mapping(track), where="dataset.json") == track and hash(track)
+    assert TrackConfig("a", "a.bam", "signal").cut_options() == CutOptions()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("kind: peaks", "kind: peaks, files: [a.bed]", "track 'atac_peaks' has both `file` and `files`"),
+        ("file: atac_macs2_peaks.narrowPeak,", "files: [],", "track 'atac_peaks' has an empty file name"),
+        ("file: atac_macs2_peaks.narrowPeak,", "files: a.bed,", r"files is 'a\.bed'; a list is needed"),
+        ("file: atac_macs2_peaks.narrowPeak,", "files: [a.bed, a.bed],", "names .*a.bed twice"),
+        (
+            "kind: peaks",
+            "kind: peaks, min_samples: 2",
+            "min_samples 2 of track 'atac_peaks': .* number of its files, 1",
+        ),
+        (
+            "kind: peaks",
+            "kind: peaks, combine: sum",
+            "for which 'combine' has no meaning; remove `combine: sum`",
+        ),
+        ("kind: peaks", "kind: peaks, shift: [0, 0]", "for which 'shift' has no meaning"),
+        ("kind: signal", "kind: signal, min_samples: 0", "min_samples 0 of track 'atac_cuts'"),
+        ("kind: signal", "kind: signal, barcodes: a.tsv", "needs both `barcodes` .* and `group`"),
+        ("kind: signal", "kind: signal, group: T", "needs both `barcodes` .* and `group`"),
+        (
+            "kind: signal",
+            "kind: signal, shift: [4]",
+            r"track 'atac_cuts': shift is \[4\]: give two whole numbers",
+        ),
+        ("kind: signal", "kind: signal, min_mapq: 300", "track 'atac_cuts': min_mapq is 300"),
+        ("kind: signal", "kind: signal, combine: max", "is 'max'; allowed are mean, sum"),
+        (SPLIT, "{n_folds: 5}", "fold is None: with `n_folds: 5` give the one for test, 0 to 4"),
+        (SPLIT, "{n_folds: 5, fold: 5}", "fold is 5: with `n_folds: 5`"),
+        (SPLIT, "{n_folds: 2, fold: 0}", "n_folds is 2: at least 3"),
+        (SPLIT, "{n_folds: 5, fold: 0, test: [chrI]}", "`n_folds` makes the splits: remove"),
+        (SPLIT, "{valid: [chrI], test: [chrII], fold: 1}", r"`fold` needs `folds` \(a file\) or `n_folds`"),
+        (SPLIT, "{valid: [chrI], test: [chrII], seed: 1}", "`seed` needs `n_folds`"),
+        (SPLIT, "{valid: [chrI], test: [chrII], balance: positives}", "`balance` needs `n_folds`"),
+        (SPLIT, "{n_folds: 5, fold: 0, balance: peaks}", "is 'peaks'; allowed are bases, positives"),
+    ],
+)
+def test_a_slip_in_the_newer_keys_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_dataset_config(written(tmp_path, changed(old, new)))
+
+
+def test_a_fold_of_a_file_of_folds(tmp_path: Path) -> None:
+    folds = [{"valid": [8, "X"], "test": [9]}, {"train": ["chr2"], "valid": ["chr8"], "test": ["chr1"]}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "folds.json").write_text(json.dumps({"folds": folds}))
+    path = written(tmp_path, changed(SPLIT, "{folds: data/folds.json, fold: 1}"))
+    split = load_dataset_config(path).split
+    where = str(tmp_path / "data" / "folds.json")
+    assert split == SplitConfig(valid=("chr8",), test=("chr1",), train=("chr2",), folds=where, fold=1)
+    assert build(SplitConfig, to_mapping(split), where="dataset.json") == split
+    assert load_dataset_config(path, ["split.fold=0"]).split.valid == ("8", "X")
+    with pytest.raises(ConfigError, match=r"folds\.json has 2 folds, and fold is 7"):
+        load_dataset_config(path, ["split.fold=7"])
+    with pytest.raises(ConfigError, match="has both `folds` and `test`"):
+        load_dataset_config(path, ["split.test=[chr5]"])
+    with pytest.raises(FileError, match=r"none\.json"):
+        load_dataset_config(path, ["split.folds=none.json"])
+
+
+def test_folds_that_the_genome_gives(tmp_path: Path) -> None:
+    split = load_dataset_config(
+        written(tmp_path, changed(SPLIT, "{n_folds: 5, fold: 2, seed: 7, balance: positives}"))
+    ).split
+    assert split == SplitConfig((), (), None, n_folds=5, fold=2, seed=7, balance="positives")
+    assert build(SplitConfig, to_mapping(split), where="dataset.json") == split
+
+
+def test_tracks_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "tracks.tsv"
+    table.write_text(
+        "name\tkind\tfiles\tbarcodes\tgroup\tbiosample\n"
+        "a\tpeaks\ta.bed, $GENOSSM_SOME/b.bed\t\t\tK562\n"
+        "b\tsignal\t../fragments.tsv.gz\tgroups.tsv\tT\t\n"
+    )
+    monkeypatch.setenv("GENOSSM_SOME", "/some")
+    start = DESIGN.index("tracks:")
+    text = DESIGN[:start] + "tracks: tables/tracks.tsv\n" + DESIGN[DESIGN.index("window:") :]
+    config = load_dataset_config(written(tmp_path, text))
+    assert config.tracks == (
+        TrackConfig(
+            "a",
+            "",
+            "peaks",
+            files=(str(table.parent / "a.bed"), "/some/b.bed"),
+            metadata={"biosample": "K562"},
+        ),
+        TrackConfig(
+            *("b", "", "signal"),
+            files=(str(tmp_path / "fragments.tsv.gz"),),
+            barcodes=str(table.parent / "groups.tsv"),
+            group="T",
+        ),
+    )
+    assert build(DatasetConfig, to_mapping(config), where="dataset.json") == config
+    table.write_text("name\tkind\tfile\taggregate\na\tsignal\ta.bw\t\nb\tsignal\tb.bw\tmedian\n")
+    with pytest.raises(
+        ConfigError, match=r"tracks\.tsv, line 3: aggregate is 'median'; allowed are mean, sum, max"
+    ):
+        load_dataset_config(tmp_path / "dataset.yaml")
+    table.write_text("name\tkind\tfile\na\tsignal\t$GENOSSM_NONE/a.bw\n")
+    with pytest.raises(ConfigError, match=r"tracks\.tsv, line 2: track a: .* GENOSSM_NONE, which is not set"):
+        load_dataset_config(tmp_path / "dataset.yaml")
+
+
+def test_partners_count_their_cut_sites_alike(tmp_path: Path) -> None:
+    text = changed("window", PAIR.replace('sum, strand: "-"', 'sum, shift: [0, 0], strand: "-"'))
+    with pytest.raises(ConfigError, match=r"differ in 'shift'"):
+        load_dataset_config(written(tmp_path, text))

@@ -21,7 +21,9 @@ from Bio import bgzf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import genossm.cache_file as cache_module
 import genossm.genome as genome_module
+import genossm.lock as lock_module
 from genossm.errors import DataError, FileError
 from genossm.genome import Genome
 from genossm.sequence import NO_BASE, decode, encode
@@ -226,8 +228,8 @@ def test_a_damaged_cache_is_built_again(fasta: Path, damage: str) -> None:
 
 def forbid_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:  # root may write everywhere
-        writable = genome_module._can_write
-        monkeypatch.setattr(genome_module, "_can_write", lambda path: path != folder and writable(path))
+        writable = cache_module._can_write
+        monkeypatch.setattr(cache_module, "_can_write", lambda path: path != folder and writable(path))
     else:
         folder.chmod(0o555)
 
@@ -277,12 +279,12 @@ def test_a_chosen_cache_folder_that_cannot_be_written_is_an_error(
 
 
 def test_a_user_without_a_home_is_no_obstacle(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genome_module.os.path, "expanduser", lambda path: path)  # as for an unknown user id
+    monkeypatch.setattr(cache_module.os.path, "expanduser", lambda path: path)  # as for an unknown user id
     assert decode(Genome(fasta).window("chrA", 0, 4)) == "ACGT"
 
 
 def test_no_place_for_the_cache_is_a_sentence(fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genome_module, "_can_write", lambda _: False)
+    monkeypatch.setattr(cache_module, "_can_write", lambda _: False)
     with pytest.raises(FileError, match="set GENOSSM_CACHE"):
         Genome(fasta)
 
@@ -308,6 +310,7 @@ TOGETHER = """
 import sys, time
 from pathlib import Path
 import genossm.genome as module
+import genossm.lock
 folder = Path(sys.argv[1])
 build = module._build
 def counted(*arguments):
@@ -317,7 +320,7 @@ def counted(*arguments):
     build(*arguments)
 module._build = counted
 if sys.argv[2] == "no-lock":
-    module._flock = None
+    genossm.lock._flock = None
 (folder / f"ready-{sys.argv[3]}").touch()
 while not (folder / "go").exists():
     time.sleep(0.005)
@@ -350,7 +353,7 @@ def test_a_file_system_without_locks_works(fasta: Path, monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(genome_module, "_flock", SimpleNamespace(flock=refuse, LOCK_EX=2))
+    monkeypatch.setattr(lock_module, "_flock", SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4))
     assert decode(Genome(fasta).window("chrA", 0, 4)) == "ACGT"
     assert sorted(path.name for path in fasta.parent.iterdir()) == ["genome.fa", "genome.fa.genossm"]
 

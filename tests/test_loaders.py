@@ -1,7 +1,9 @@
-"""Windows for training: what an item holds, and that it depends on (seed, epoch, position) alone."""
+"""Windows of a dataset: what an item holds, and that it depends on (seed, epoch, position) alone."""
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,64 +11,65 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import genossm as gs
 from genossm.dataset import PreparedDataset
-from genossm.loaders import EpochSampler, WindowDataset
+from genossm.loaders import WindowDataset
 from genossm.sequence import reverse_complement
+from tests.random_dataset import expected_item, random_dataset
 
 
-def test_tiling_windows_hold_the_bases_and_bins_of_the_dataset(tiny_prepared: Path) -> None:
-    data = PreparedDataset(tiny_prepared)
-    windows = WindowDataset(data, "train")
-    assert len(windows) == len(data.windows("train"))
-    seen = 0
-    for index, window in enumerate(data.windows("train")):
-        codes, targets, mask = windows[index]
-        np.testing.assert_array_equal(codes, data.genome.window(window.chrom, window.start, window.end))
-        assert codes.dtype == torch.int8 and targets.dtype == torch.float32 and mask.dtype == torch.bool
-        first = (window.start + data.margin_bp) // data.bin_bp
-        inside = min(len(targets), data.bins(window.chrom) - first)
-        stored = data.mask(window.chrom, first, first + inside) != 0
-        np.testing.assert_array_equal(mask[:inside], stored)
-        np.testing.assert_array_equal(
-            targets[:inside].numpy()[stored], data.targets(window.chrom, first, first + inside)[stored]
-        )
-        assert not mask[inside:].any()
-        seen += inside
-    assert seen == data.bins("chrA")
+@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+def random_data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """A random dataset; of every second one all tracks have the same mask but for absent ones."""
+    return random_dataset(tmp_path_factory.mktemp("random"), request.param, own_masks=request.param % 2 == 0)
 
 
-def test_augmented_windows_are_moved_pieces_of_the_chromosome(tiny_prepared: Path) -> None:
-    data = PreparedDataset(tiny_prepared)
-    windows = WindowDataset(data, "train", augment=True, jitter_bp=5, seed=3, windows_per_epoch=24)
-    genome = data.genome.window("chrA", -8192, data.lengths["chrA"] + 8192)
-    all_targets, all_mask = data.targets("chrA"), data.mask("chrA") != 0
+@pytest.mark.parametrize("augment", [False, True])
+def test_items_of_random_genomes_are_what_the_dataset_says(
+    random_data: PreparedDataset, augment: bool
+) -> None:
+    windows = WindowDataset(random_data, "train", augment=augment, jitter_bp=5, seed=random_data.bin_bp)
     flips = set()
-    for index in range(48):
-        codes, targets, mask = (part.numpy() for part in windows[index])
-        places = []
-        for flip in (False, True):
-            forward = reverse_complement(codes) if flip else codes
-            probe = forward[1024:1152].tobytes()
-            position = genome.tobytes().find(probe)
-            if position >= 0 and len(set(probe)) > 1:
-                places.append((flip, position - 1024 - 8192))
-        if not places:  # a window that is mostly outside the chromosome
-            continue
-        (flip, start), *_ = places
-        flips.add(flip)
-        first = round((start + data.margin_bp) / data.bin_bp)
-        assert abs(start + data.margin_bp - first * data.bin_bp) <= 5
-        if flip:
-            targets, mask = targets[::-1], mask[::-1]
-        low, high = max(0, -first), min(len(mask), data.bins("chrA") - first)
-        np.testing.assert_array_equal(mask[low:high], all_mask[first + low : first + high])
-        kept = all_targets[first + low : first + high] * mask[low:high]
-        np.testing.assert_array_equal(targets[low:high], kept)
-        assert not mask[:low].any() and not mask[high:].any()
-    assert flips == {False, True}
+    for index in range(3 * len(windows)) if augment else range(len(windows)):
+        for part, expected in zip(windows[index], expected_item(windows, index), strict=True):
+            np.testing.assert_array_equal(part.numpy(), expected)
+        assert windows[index][2].any()  # never a window with nothing to learn
+        flips.add(windows.place(index).flip)
+    assert flips == ({False, True} if augment else {False})
 
 
-def test_partners_swap_their_targets_on_the_other_strand(stranded_prepared: Path) -> None:
+def test_windows_masked_everywhere_are_left_out_and_no_others(random_data: PreparedDataset) -> None:
+    windows = WindowDataset(random_data, "train")
+    starts = {(place.chrom, place.start) for place in map(windows.place, range(len(windows)))}
+    margin, bins = random_data.margin_bp, windows.bins
+    for window in random_data.windows("train"):
+        first = (window.start + margin) // random_data.bin_bp
+        mask = random_data.mask(window.chrom, first, min(first + bins, random_data.bins(window.chrom)))
+        assert mask.any() == ((window.chrom, window.start) in starts)
+    assert not any(chrom == "c3" for chrom, _ in starts)
+
+
+def test_packed_batches_hold_the_items(random_data: PreparedDataset) -> None:
+    windows = WindowDataset(random_data, "train", augment=True, jitter_bp=3, seed=2)
+    indices = [5, 0, 17, 3]
+    packed = windows.read(indices, real=[True, True, False, True])
+    assert packed.targets.element_size() == random_data.storage.dtype.itemsize
+    assert packed.usable.shape[2] == (3 if random_data.mask_parts("c0").own else 1)
+    batch = windows._unpacker(packed, *packed.exceptions())
+    for row, index in enumerate(indices):
+        codes, targets, mask = windows[index]
+        assert torch.equal(batch.codes[row], codes)
+        if row == 2:
+            assert not batch.mask[row].any() and not batch.targets[row].any()
+        else:
+            assert torch.equal(batch.targets[row], targets) and torch.equal(batch.mask[row], mask)
+    bare = windows.read(indices, codes=False, targets=False)
+    assert bare.codes.numel() == bare.targets.numel() == bare.usable.numel() == 0
+    assert torch.equal(bare.places, packed.places)
+    assert bare.nbytes < 200 < packed.nbytes
+
+
+def test_the_reverse_complement_of_a_batch_and_its_targets_agree(stranded_prepared: Path) -> None:
     flipping = WindowDataset(stranded_prepared, "train", augment=True, seed=1)
     plain = WindowDataset(stranded_prepared, "train", augment=True, seed=1, reverse_complement=False)
     flips = []
@@ -92,33 +95,70 @@ def test_items_depend_on_seed_epoch_and_position_alone(tiny_prepared: Path) -> N
     assert not torch.equal(first[3][0], other[3][0])
 
 
+def test_signal_sampling_prefers_windows_with_signal(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.bed").write_text("chrA\t20000\t20400\nchrA\t35000\t35100\n")
+    text = (tiny_folder / "dataset.yaml").read_text().replace("peaks.narrowPeak", str(tmp_path / "few.bed"))
+    text = text.replace("genome.fa", str(tiny_folder / "genome.fa"))
+    track = next(line for line in text.splitlines() if "name: signal" in line)
+    (tmp_path / "dataset.yaml").write_text(text.replace(f"{track}\n", ""))
+    data = gs.prepare(tmp_path / "dataset.yaml", tmp_path / "out")
+    settings = {"windows_per_epoch": 400, "seed": 3}
+    everywhere = WindowDataset(data, "train", **settings)  # type: ignore[arg-type]
+    drawn = WindowDataset(data, "train", sampling="signal", signal_fraction=0.8, **settings)  # type: ignore[arg-type]
+
+    def share(windows: WindowDataset, at: int) -> float:
+        inside = [window.start + 512 <= at < window.start + 3584 for window in map(windows.place, range(400))]
+        return float(np.mean(inside))
+
+    tiles = len(data.windows("train"))
+    assert share(everywhere, 20_200) == pytest.approx(1 / tiles, abs=0.01)
+    # Of 12.5 + 3 positive bins (three quarters and more of a bin counts as one) the first peak has about four fifths.
+    assert share(drawn, 20_200) == pytest.approx(0.8 * 0.8 + 0.2 / tiles, abs=0.08)
+    assert share(drawn, 35_050) == pytest.approx(0.8 * 0.2 + 0.2 / tiles, abs=0.08)
+    with pytest.raises(ValueError, match="finds no signal"):
+        WindowDataset(data, "valid", sampling="signal")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_number_of_workers_gives_the_same_stream(tiny_prepared: Path, workers: int) -> None:
-    windows = WindowDataset(tiny_prepared, "train", augment=True, jitter_bp=3, seed=1)
-    sampler = EpochSampler(len(windows), seed=1)
-    sampler.set_epoch(2)
-    stream = [batch[0] for batch in DataLoader(windows, batch_size=3, sampler=sampler, num_workers=workers)]
-    expected = [windows[index][0] for index in sampler]
-    assert torch.equal(torch.cat(stream), torch.stack(expected))
+def test_a_plain_torch_loop_in_five_lines(tiny_prepared: Path, workers: int) -> None:
+    windows = gs.WindowDataset(tiny_prepared, "train", augment=True)
+    seen = 0
+    for codes, targets, mask in DataLoader(windows, batch_size=4, shuffle=True, num_workers=workers):
+        assert codes.dtype == torch.int8 and targets.shape == mask.shape
+        seen += len(codes)
+    assert seen == len(windows) == len(list(windows))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_share_an_epoch_without_overlap(ranks: int) -> None:
-    whole = EpochSampler(20, seed=4)
-    whole.set_epoch(5)
-    order = list(whole)
-    assert sorted(order) == list(range(100, 120))
-    shares = []
-    for rank in range(ranks):
-        sampler = EpochSampler(20, seed=4, rank=rank, ranks=ranks)
-        sampler.set_epoch(5)
-        shares.append(list(sampler))
-        assert len(shares[-1]) == len(sampler) == 20 // ranks
-    assert [index for together in zip(*shares, strict=True) for index in together] == order[
-        : 20 // ranks * ranks
-    ]
-    whole.set_epoch(6)
-    assert [index - 20 for index in whole] != order
+def check_all(windows: WindowDataset) -> bool:
+    """Whether every item is right, read twice over."""
+    return all(
+        np.array_equal(part.numpy(), expected)
+        for index in [*range(len(windows)), *range(len(windows))]
+        for part, expected in zip(windows[index], expected_item(windows, index), strict=True)
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("compress", ["none", "gzip"])
+def test_a_dataset_that_was_used_can_be_forked_and_pickled(
+    tiny_folder: Path, tmp_path: Path, compress: str
+) -> None:
+    data = gs.prepare(tiny_folder / "dataset.yaml", tmp_path / "out", overrides=[f"compress={compress}"])
+    assert data.compressed == (compress == "gzip")
+    windows = WindowDataset(data, "train", augment=True, jitter_bp=7, seed=9)
+    assert check_all(windows)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # as torch's own workers do: the threads of OpenMP do not outlive a fork
+            os._exit(0 if check_all(windows) else 1)
+        children.append(child)
+    assert check_all(windows)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert check_all(pickle.loads(pickle.dumps(windows)))
 
 
 def test_other_window_lengths_tile_the_split(tiny_prepared: Path) -> None:
@@ -128,10 +168,23 @@ def test_other_window_lengths_tile_the_split(tiny_prepared: Path) -> None:
     assert len(windows) == -(-40_000 // 1536)
 
 
-def test_what_does_not_fit_is_told(tiny_prepared: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit bins of 32 bp"):
-        WindowDataset(tiny_prepared, "train", window_bp=1000)
-    with pytest.raises(ValueError, match="longer than two margins"):
-        WindowDataset(tiny_prepared, "train", window_bp=1024, margin_bp=512)
-    with pytest.raises(Exception, match="train, valid"):
-        WindowDataset(tiny_prepared, "holdout")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window_bp": 1000}, "does not fit bins of 32 bp"),
+        ({"window_bp": 1024, "margin_bp": 512}, "longer than two margins"),
+        ({"split": "holdout"}, "train, valid"),
+        ({"sampling": "peaks"}, "sampling is 'peaks'; it must be `all` or `signal`"),
+        ({"signal_fraction": 0.0}, "signal_fraction is 0.0"),
+        ({"signal_fraction": 1.5}, "signal_fraction is 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_told(tiny_prepared: Path, options: dict[str, object], words: str) -> None:
+    split = str(options.pop("split", "train"))
+    with pytest.raises(ValueError, match=words):
+        WindowDataset(tiny_prepared, split, **options)  # type: ignore[arg-type]
+
+
+def test_a_split_without_anything_to_learn_is_told(random_data: PreparedDataset) -> None:
+    with pytest.raises(ValueError, match="no window with a bin that is not masked"):
+        WindowDataset(random_data, "test")

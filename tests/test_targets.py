@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import genossm.targets
+from genossm.errors import DataError
 from genossm.targets import bases_per_bin, masked_bins, no_base_runs, peak_bins
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 60)), max_size=12)
@@ -38,6 +39,20 @@ def test_a_bin_is_positive_or_masked_by_the_share_of_its_bases(
         assert positive.dtype == np.float32
         assert positive.tolist() == [float(share >= overlap) for share in expected]
     assert masked_bins(*columns(pairs), length_bp, bin_bp).tolist() == [share >= 0.25 for share in expected]
+
+
+@given(pairs=INTERVALS, length_bp=st.integers(1, 320), block=st.integers(1, 9))
+def test_blocks_change_nothing(pairs: list[tuple[int, int]], length_bp: int, block: int) -> None:
+    whole = peak_bins(*columns(pairs), length_bp, 7), masked_bins(*columns(pairs), length_bp, 7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genossm.targets, "_BLOCK_BINS", block)
+        assert np.array_equal(peak_bins(*columns(pairs), length_bp, 7), whole[0])
+        assert np.array_equal(masked_bins(*columns(pairs), length_bp, 7), whole[1])
+
+
+def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
+    with pytest.raises(DataError, match="ends before it starts"):
+        peak_bins(np.array([50]), np.array([40]), 30, 10)
 
 
 def test_the_last_bin_counts_the_bases_it_has() -> None:

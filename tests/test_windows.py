@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genossm.errors import ConfigError, DataError, FileError
-from genossm.windows import Window, check_geometry, find_leaks, read_windows, target_of, tile, write_windows
+from genossm.windows import (
+    Window,
+    check_geometry,
+    find_leaks,
+    read_windows,
+    split_distance,
+    target_of,
+    tile,
+    write_windows,
+)
 
 
 @st.composite
@@ -112,6 +121,31 @@ def test_find_leaks_agrees_with_counting_bases(windows: list[Window], margin_bp:
                 expected.append((window, other, len(inside & targets)))
     found = find_leaks(windows, margin_bp=margin_bp, lengths=lengths)
     assert [(leak.window, leak.other, leak.bases) for leak in found] == expected
+
+
+@given(windows=st.lists(ANY_WINDOW, max_size=8), margin_bp=st.integers(0, 12))
+def test_split_distance_agrees_with_counting_bases(windows: list[Window], margin_bp: int) -> None:
+    lengths = {"a": 60, "b": 31}
+    gaps = []
+    for window in windows:
+        for other in windows:
+            if other.chrom == window.chrom and other.split != window.split:
+                for base in range(*target_of(other, margin_bp, lengths[other.chrom])):
+                    gaps.append(max(window.start - base - 1, base - window.end, 0))
+    assert split_distance(windows, margin_bp=margin_bp, lengths=lengths) == min(gaps, default=None)
+
+
+def test_split_distance_of_known_windows() -> None:
+    train, valid, test = (
+        Window("c", 0, 100, "train"),
+        Window("c", 105, 205, "valid"),
+        Window("d", 0, 90, "test"),
+    )
+    lengths = {"c": 300, "d": 300}
+    assert split_distance([train, valid, test], margin_bp=10, lengths=lengths) == 15
+    assert split_distance([train, test], margin_bp=10, lengths=lengths) is None
+    with pytest.raises(DataError, match="z:0-10 is on z"):
+        split_distance([Window("z", 0, 10)], margin_bp=0, lengths=lengths)
 
 
 def test_a_margin_that_reaches_into_another_split_is_a_leak() -> None:

@@ -1,4 +1,4 @@
-"""`genossm bench`: measure the building blocks, or whole encoders, on this machine."""
+"""`genossm bench`: measure the building blocks, whole encoders, or the reading of data, on this machine."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ def file_options(*, markdown: str) -> Decorator[Any]:
 
 
 @click.group(
-    "bench", cls=Benches, short_help="Check and time the scan kernels, and whole encoders, on this machine."
+    "bench",
+    cls=Benches,
+    short_help="Check and time the scan kernels, whole encoders, and the reading of data, on this machine.",
 )
 def command() -> None:
-    """Measure the scan kernels, or whole encoders, on this machine. Let nothing else run on it."""
+    """Measure the scan kernels, whole encoders, or the reading of data, on this machine. Let nothing else run on it."""
 
 
 @command.command("kernels", short_help="Check the scan kernels, then time them.")
@@ -207,6 +209,98 @@ def encoders(
         save=save,
     )
     show({"encoders": result}, text(result))
+
+
+@command.command("data", short_help="Time the reading of windows, beside memcpy and other loaders.")
+@click.option(
+    "--genome-mb",
+    type=click.FloatRange(min=10),
+    default=20.0,
+    show_default=True,
+    metavar="N",
+    help="Size of the simulated genomes.",
+)
+@click.option(
+    "--window-bp",
+    type=click.IntRange(min=1),
+    default=100_000,
+    show_default=True,
+    metavar="N",
+    help="Windows with no or one track.",
+)
+@click.option(
+    "--tracks", type=click.IntRange(min=1), default=161, show_default=True, metavar="N", help="Of many."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Windows at once.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Threads or processes, where there are any.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Passes timed."
+)
+@click.option(
+    "--peers/--no-peers",
+    default=True,
+    show_default=True,
+    help="Also time pyfaidx with pyBigWig, and tangermeme and GenVarLoader where they are installed.",
+)
+@click.option(
+    "--dataset",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Read the training windows of this prepared dataset instead; without peers.",
+)
+@file_options(markdown="Also write the tables to this file.")
+@device_option(default="cpu")
+def data(
+    genome_mb: float,
+    window_bp: int,
+    tracks: int,
+    batch_size: int,
+    workers: int,
+    repeats: int,
+    peers: bool,
+    dataset: Path | None,
+    json_out: Path | None,
+    markdown_out: Path | None,
+    device: str,
+) -> None:
+    """Time how fast windows are read, in windows/s and MB/s, and print Markdown.
+
+    Codes alone beside memcpy; codes with one track at every base, beside other loaders; and many tracks at 32 bp. The
+    data are simulated in a temporary folder. With --device cuda batches end on the GPU. Files are written again after
+    each row.
+    """
+    from genossm.pipelines.benchmark_data import DataBenchmark, markdown, measure_data
+
+    def save(result: DataBenchmark) -> None:
+        _save({"data": result}, markdown(result), json_out, markdown_out)
+
+    result = measure_data(
+        genome_bp=round(genome_mb * 1e6),
+        window_bp=window_bp,
+        tracks=tracks,
+        batch_size=batch_size,
+        workers=workers,
+        repeats=repeats,
+        peers=peers,
+        device=device,
+        dataset=dataset,
+        save=save,
+    )
+    show({"data": result}, markdown(result))
 
 
 def _save(data: dict[str, object], markdown: str, json_out: Path | None, markdown_out: Path | None) -> None:

@@ -16,9 +16,10 @@ from genossm.cli.options import set_option
 def command(dataset: Path, overrides: tuple[str, ...]) -> None:
     """Compare names, lengths and coordinates of all files that DATASET.yaml names.
 
-    Prints the chromosomes with their split, what each file holds and its oddities, and for each track the
-    share of positive bins (peaks) or the mean (signal) in each split. Anything that does not fit is listed,
-    with the offenders, and the exit status is 1.
+    Prints the chromosomes with their split and GC share, how much of each split stands in the training
+    chromosomes too, what each file holds and its oddities, and for each track the positive bins (peaks) or
+    total and mean (signal) in each split. Anything that does not fit is listed, with the offenders, and the
+    exit status is 1.
     """
     from genossm.pipelines.check import check
 
