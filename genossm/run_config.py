@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class TrainConfig:
             targets), or `auto` (on CUDA what takes little room and time).
         sampling: `all` takes the windows in turn, `signal` draws a share of them in proportion to the signal in them.
         signal_fraction: that share, above 0 and at most 1.
+        save_minutes: within an epoch the state to resume from is saved every so many minutes, too; 0 for after epochs only.
         valid_every: epochs between validations (the last is always validated).
         seed: of weights, augmentation, order and dropout.
         loggers: `csv` (metrics.csv) and `tensorboard`.
@@ -79,6 +81,7 @@ class TrainConfig:
     data_on: Literal["auto", "host", "genome", "device"] = "auto"
     sampling: Literal["all", "signal"] = "all"
     signal_fraction: float = 0.5
+    save_minutes: float = 10.0
     valid_every: int = 1
     seed: int = 1
     loggers: tuple[Logger, ...] = ("csv", "tensorboard")
@@ -99,6 +102,8 @@ class TrainConfig:
             raise ValueError(
                 f"windows_per_epoch is {self.windows_per_epoch}, less than one batch of {self.batch_size}"
             )
+        if not 0 <= self.save_minutes < math.inf:
+            raise ValueError(f"save_minutes is {self.save_minutes}; it must be at least 0")
         if self.workers < 0 or self.jitter_bp < 0 or self.seed < 0:
             raise ValueError("workers, jitter_bp and seed must be at least 0")
         if any(weight < 0 for weight in self.track_weights.values()):

@@ -363,7 +363,7 @@ class _Bench:
             loss.backward()  # type: ignore[no-untyped-call]
             module.configure_gradient_clipping(optimizer)
             optimizer.step()
-            module.on_train_batch_end(None, data, 0)
+            module.update_average()
             module.epoch_losses.clear()
 
         return step

@@ -269,7 +269,7 @@ def _train(job: _Job, device: torch.device) -> None:
     module = TrainingModule(job.model().to(device), config, total_steps=3).to(device)
     optimizer = module.configure_optimizers()["optimizer"]
     _, targets, mask = job.batch(module.model.bin_bp, device)
-    for step in range(3):
+    for _ in range(3):
         batch = (
             torch.randint(0, 4, (*targets.shape[:1], job.length_bp), dtype=torch.int8, device=device),
             targets,
@@ -280,7 +280,7 @@ def _train(job: _Job, device: torch.device) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
-        module.on_train_batch_end(None, batch, step)
+        module.update_average()
 
 
 def _predict(job: _Job, device: torch.device) -> None:

@@ -30,25 +30,32 @@ class RunLog(lightning.Callback):
         window_bp: base pairs of a training window, for the rate.
         provenance: stored in the model.
         write_csv: keep `metrics.csv`.
+        save_minutes: within an epoch the state is written after so many minutes, too; 0 for never.
     """
 
-    def __init__(self, folder: Path, *, window_bp: int, provenance: dict[str, Any], write_csv: bool) -> None:
-        self.folder, self.window_bp, self.provenance, self.write_csv = (
-            folder,
-            window_bp,
-            provenance,
-            write_csv,
-        )
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        window_bp: int,
+        provenance: dict[str, Any],
+        write_csv: bool,
+        save_minutes: float = 0.0,
+    ) -> None:
+        self.folder, self.window_bp, self.provenance = folder, window_bp, provenance
+        self.write_csv, self.save_minutes = write_csv, save_minutes
         self.rows: list[Row] = []
         self.best = -math.inf
         self.best_epoch = 0
         self._bar: Any = None
-        self._epoch_start = 0.0
+        self._epoch_start = self._saved = 0.0
+        self._seconds_before = 0.0  # of this epoch, by the training that it goes on from
         self._windows = 0
         self._note = ""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "best": self.best, "best_epoch": self.best_epoch}
+        seconds = self._seconds_before + time.monotonic() - self._epoch_start
+        return {"rows": self.rows, "best": self.best, "best_epoch": self.best_epoch, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.best, self.best_epoch = (
@@ -56,14 +63,16 @@ class RunLog(lightning.Callback):
             state_dict["best"],
             state_dict["best_epoch"],
         )
+        self._seconds_before = state_dict["seconds"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._bar = progress(total=pl_module.total_steps, unit="step", description="train")
         self._bar.update(trainer.global_step)
+        self._epoch_start = self._saved = time.monotonic()  # an epoch that is gone on with is not started
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._epoch_start, self._windows = time.monotonic(), 0
+        self._epoch_start, self._windows, self._seconds_before = time.monotonic(), 0, 0.0
 
     def on_train_batch_end(
         self,
@@ -81,6 +90,10 @@ class RunLog(lightning.Callback):
             refresh=False,
         )
         self._bar.update(1)
+        if self.save_minutes and time.monotonic() - self._saved >= 60 * self.save_minutes:
+            assert isinstance(pl_module, TrainingModule)
+            pl_module.check_gradient()
+            self._save_state(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -90,7 +103,7 @@ class RunLog(lightning.Callback):
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/loss": float(torch.stack(pl_module.epoch_losses).mean()),
-            "seconds": round(time.monotonic() - self._epoch_start, 3),
+            "seconds": round(self._seconds_before + time.monotonic() - self._epoch_start, 3),
             **pl_module.validation,
         }
         self.rows.append(row)
@@ -107,8 +120,7 @@ class RunLog(lightning.Callback):
                 self.best, self.best_epoch = score[1], trainer.current_epoch + 1
                 self._save_model(pl_module)
         pl_module.validation = {}
-        with atomic_path(self.folder / RESUME_FILE) as temporary:
-            trainer.save_checkpoint(temporary)
+        self._save_state(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._bar.close()
@@ -118,6 +130,11 @@ class RunLog(lightning.Callback):
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def _save_state(self, trainer: lightning.Trainer) -> None:
+        with atomic_path(self.folder / RESUME_FILE) as temporary:
+            trainer.save_checkpoint(temporary)
+        self._saved = time.monotonic()
 
     def _save_model(self, module: TrainingModule) -> None:
         model = module.validated

@@ -150,7 +150,11 @@ def train(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     log = RunLog(
-        folder, window_bp=training.window_bp, provenance=provenance, write_csv="csv" in resolved.train.loggers
+        folder,
+        window_bp=training.window_bp,
+        provenance=provenance,
+        write_csv="csv" in resolved.train.loggers,
+        save_minutes=resolved.train.save_minutes,
     )
     with _quiet_lightning():
         trainer = _trainer(resolved, folder, chosen, precision, log)
@@ -164,7 +168,7 @@ def train(
         except SystemExit as stop:  # what Lightning makes of SIGINT and SIGTERM
             raise TrainingError(
                 f"training was stopped by a signal after {len(log.rows)} whole epochs; "
-                f"the same command with --resume goes on from there ({folder})"
+                f"the same command with --resume goes on from the last saved step ({folder})"
             ) from stop
         except torch.OutOfMemoryError as error:
             raise TrainingError(

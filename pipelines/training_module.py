@@ -101,12 +101,23 @@ class TrainingModule(lightning.LightningModule):
         if not math.isfinite(norm.value()):
             raise TrainingError(
                 f"the gradient became {norm.value()} at step {step}; "
-                "lower train.learning_rate and start again, or resume from the last whole epoch"
+                "lower train.learning_rate and start again, or resume from the last saved step"
             )
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        self.update_average()
+
+    def update_average(self) -> None:
+        """Take the weights into their running average: the end of a step, before anything of it is saved."""
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_losses"] = [float(loss) for loss in self.epoch_losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.epoch_losses = [torch.tensor(loss) for loss in checkpoint["epoch_losses"]]
 
     def on_validation_epoch_start(self) -> None:
         self.check_gradient()

@@ -86,7 +86,7 @@ def train_a_little(model: AccessibilityModel) -> AccessibilityModel:
         optimizer.zero_grad()
         module.training_step((tokens, targets, torch.rand(targets.shape) < 0.9), step).backward()
         optimizer.step()
-        module.on_train_batch_end(None, (tokens, targets, targets), step)
+        module.update_average()
     model.eval()
     return module.validated.eval()
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 
 from genossm.data_module import WindowDataModule
@@ -81,11 +82,12 @@ def fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*srun.*")  # where Slurm is installed
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*srun.*")  # where Slurm is installed
         trainer = lightning.Trainer(
             accelerator="cpu",
             max_epochs=EPOCHS,
             callbacks=callbacks or [],
+            plugins=[LightningEnvironment()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -19,7 +19,7 @@ def make(
 
 
 def slow(tokens: Tensor, weight: Tensor, bias: Tensor, pool: int) -> Tensor:
-    (batch, length), (channels, _, width) = tokens.shape, weight.shape
+    (batch, length), width = tokens.shape, weight.shape[2]
     rows = []
     for b in range(batch):
         columns = []

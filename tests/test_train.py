@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import genossm as gs
 from genossm.dataset import PreparedDataset
@@ -151,6 +152,40 @@ def test_a_killed_training_resumes_to_the_same_curve(
         with safe_open(folder / "model.safetensors", framework="pt") as stored:
             weights.append({name: stored.get_tensor(name) for name in stored.keys()})
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_a_training_stopped_within_an_epoch_resumes_at_the_saved_step(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is saved; the seventh of 4 an epoch is the last: weights and figures are those of an unbroken training."""
+    settings = ["train.save_minutes=1e-9", "train.epochs=3"]
+    whole = gs.train(config, tiny_prepared, tmp_path / "whole", device="cpu", overrides=settings)
+    step = TrainingModule.training_step
+
+    def stopping(self: TrainingModule, *arguments: Any) -> torch.Tensor:
+        if self.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(TrainingModule, "training_step", stopping)
+    with pytest.raises(BaseException, match="by a signal|^$"):
+        gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", overrides=settings)
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    assert len(rows(tmp_path / "broken")) == 1
+    seen: list[int] = []
+
+    def counting(self: TrainingModule, *arguments: Any) -> torch.Tensor:
+        seen.append(self.global_step)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(TrainingModule, "training_step", counting)
+    run = gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", resume=True, overrides=settings)
+    assert seen == list(range(7, 12))
+    assert rows(run.path) == rows(whole.path) and len(rows(run.path)) == 3
+    with (run.path / "metrics.csv").open() as table:
+        assert all(0 < float(row["seconds"]) < 600 for row in csv.DictReader(table))
+    stored = [load_file(folder / "model.safetensors") for folder in (whole.path, run.path)]
+    assert all(torch.equal(stored[1][name], tensor) for name, tensor in stored[0].items())
 
 
 def test_resume_before_the_first_epoch_starts_anew_and_after_the_last_changes_nothing(
