@@ -14,10 +14,13 @@ _HOMES = {
     "Interval": "genossm.interval",
     "PreparedDataset": "genossm.dataset",
     "WindowDataset": "genossm.loaders",
+    "WindowLoader": "genossm.stream_loader",
     "check": "genossm.pipelines.check",
     "compare": "genossm.pipelines.compare",
     "evaluate": "genossm.pipelines.evaluate",
+    "fetch": "genossm.pipelines.fetch",
     "load": "genossm.checkpoint",
+    "merge": "genossm.pipelines.merge",
     "model_info": "genossm.pipelines.model_info",
     "predict": "genossm.pipelines.predict",
     "prepare": "genossm.pipelines.prepare",
@@ -31,11 +34,14 @@ __all__ = [
     "Interval",
     "PreparedDataset",
     "WindowDataset",
+    "WindowLoader",
     "__version__",
     "check",
     "compare",
     "evaluate",
+    "fetch",
     "load",
+    "merge",
     "model_info",
     "predict",
     "prepare",
@@ -53,11 +59,14 @@ if TYPE_CHECKING:
     from genossm.pipelines.check import check
     from genossm.pipelines.compare import compare
     from genossm.pipelines.evaluate import evaluate
+    from genossm.pipelines.fetch import fetch
+    from genossm.pipelines.merge import merge
     from genossm.pipelines.model_info import model_info
     from genossm.pipelines.predict import predict
     from genossm.pipelines.prepare import prepare
     from genossm.pipelines.simulate import simulate
     from genossm.pipelines.train import train
+    from genossm.stream_loader import WindowLoader
 else:
     # Hidden from type checkers: to them a misspelled name stays an error.
     def __getattr__(name: str) -> object:

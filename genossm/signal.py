@@ -170,9 +170,7 @@ class Signal:
 
     def _values(self, chrom: str, start: int, end: int, **options: Any) -> npt.NDArray[np.float64]:
         try:
-            values: npt.NDArray[np.float64] = self._reader().values(
-                chrom, start, end, fillna=None, **options
-            )
+            values: npt.NDArray[np.float64] = self._reader().values(chrom, start, end, fillna=None, **options)
         except BaseException as error:
             if not _is_read_failure(error):
                 raise

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from genossm.device_data import PlaceName, place_data
 from genossm.errors import ConfigError, DataError
 from genossm.loaders import WindowDataset
 from genossm.pipelines.benchmark_data_peers import NAMES, Task, Timed, absent_peers, time_passes, time_peer
-from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.prepare import prepare
 from genossm.pipelines.simulate_genome import SMALLEST_BP, simulate_sparse
@@ -132,7 +132,7 @@ def measure_data(
         if dataset is not None:
             work.own(PreparedDataset(dataset), f"training windows of {Path(dataset).name}")
         else:
-            with tempfile.TemporaryDirectory(prefix="genossm-bench-") as folder:
+            with tempfile.TemporaryDirectory(prefix="genossm-bench-") as folder, _caches_in(Path(folder)):
                 work.simulated(Path(folder), genome_bp, window_bp, tracks, limit_s if peers else None)
     finally:
         torch.set_num_threads(threads)
@@ -290,6 +290,20 @@ class _Work:
         self.result.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
+@contextmanager
+def _caches_in(folder: Path) -> Iterator[None]:
+    """Caches of genomes go there, and with it."""
+    before = os.environ.get("GENOSSM_CACHE")
+    os.environ["GENOSSM_CACHE"] = str(folder / "caches")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GENOSSM_CACHE"]
+        else:
+            os.environ["GENOSSM_CACHE"] = before
+
+
 def _until_there(batches: WindowLoader) -> Iterator[Any]:
     """A pass that ends when the device has everything."""
     yield from batches
@@ -350,43 +364,6 @@ def _check_own(windows: WindowDataset, task: Task) -> None:
             and np.array_equal(targets[:, 0], np.where(there, expected["track"][index], 0))
         ):
             raise DataError(f"window {index} of the simulated genome is read wrongly: please report this")
-
-
-def markdown(result: DataBenchmark) -> str:
-    """Facts and tables."""
-    settings = result.settings
-    facts: list[Fact] = [
-        ("device", f"{result.device}; {result.machine}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
-        (
-            "method",
-            f"medians of {settings['repeats']} whole passes, batches of {settings['batch_size']}, files in the page cache, "
-            "one thread for torch; MB/s: of codes (a byte a base) and targets as float32; others' first windows are equal "
-            f"to ours; {result.seconds:.0f} s in all. Other work on the machine shows in all figures",
-        ),
-    ]
-    if result.peak_memory_mb is not None:
-        facts.append(
-            ("peak memory", f"{result.peak_memory_mb:,.0f} MB, of this process, without its workers")
-        )
-    facts += [("absent", f"{name}: {why}") for name, why in result.absent.items()]
-    tables: list[Table] = []
-    for case in dict.fromkeys(row.case for row in result.rows):
-        table: Rows = [["by", "workers", "windows/s", "MB/s", "first batch after s"]]
-        table += [_row(row) for row in result.rows if row.case == case]
-        tables.append((case[0].upper() + case[1:], table, ""))
-    if result.ratios:
-        ratios: Rows = [["genossm in one process over", "ratio", "at least"]]
-        ratios += [[name, f"{value:.2f}", f"{wanted:g}"] for name, (value, wanted) in result.ratios.items()]
-        tables.append(("Ratios", ratios, "memcpy: of codes alone; the others: with one track at 1 bp."))
-    return as_markdown(facts, tables)
-
-
-def _row(row: Rate) -> list[str]:
-    if row.windows_per_s is None or row.mb_per_s is None:
-        return [row.by, str(row.workers), row.problem or "-", "", ""]
-    first = "" if row.first_batch_s is None else f"{row.first_batch_s:.2f}"
-    return [row.by, str(row.workers), f"{row.windows_per_s:,.0f}", f"{row.mb_per_s:,.0f}", first]
 
 
 def _machine() -> str:

@@ -67,7 +67,7 @@ class ModelInfo:
         receptive_field_bp: base pairs that an output may depend on; None where that is unlimited.
         strands: what `predict` gives, see `AccessibilityModel.strands`.
         length_bp, batch_size: what the costs are for.
-        precision: what training computes in on a GPU; prediction is in float32.
+        precision: what training computes in on a GPU; prediction is counted in float32.
         forward_flops: of one forward pass of the batch.
         training_flops: of the forward and backward pass.
         prediction_flops: of `predict`, which runs both strands where it averages them.

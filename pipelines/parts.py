@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -13,102 +15,161 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from genossm.atomic import atomic_path, atomic_write_text
-from genossm.errors import DataError
-from genossm.pipelines.selection import Selection
+from genossm.atomic import atomic_path
+from genossm.errors import GenossmError
+from genossm.pipelines.plan import PARTS_FOLDER, PLAN_FILE, Plan
 from genossm.progress import say
 from genossm.windows import Window
 
-WINDOWS_PER_PART = 8
-Compute = Callable[[Sequence[Window]], Iterator[npt.NDArray[np.float32]]]
+SUFFIX = ".safetensors"
+Compute = Callable[[Sequence[Sequence[Window]]], Iterator[npt.NDArray[np.float32]]]
+Spans = list[list[Any]]
+
+
+class PredictionStopped(GenossmError, InterruptedError):
+    """A prediction was asked to stop, and did after the part in hand: run it again to go on."""
+
+
+class PartsGone(GenossmError, OSError):
+    """The parts were merged or discarded by another process while this one made one."""
 
 
 class Parts:
     """The part files of one prediction in `folder`/.parts; part i holds a run of consecutive windows.
 
-    A part is a `.npy` array float32 (tracks, bins): the target bins of its windows, one after the other.
+    A part is a safetensors file with `values`, float32 (tracks, bins): the target bins of its windows, one after the
+    other. It says itself which bins these are, of which prediction, and its checksum. Parts depend on the plan alone,
+    not on who makes them: jobs may make the same part at the same time, and the last one's stays.
 
     Args:
         folder: the output folder.
-        identity: what decides every value (model, genome, geometry, selection); a folder with other parts is
-            refused.
-        selection: windows in genome order.
-        tracks: number of tracks.
-        windows_per_part: windows of a part, where a part is not there yet.
-
-    Raises:
-        DataError: the folder holds parts of another prediction and `force` was not given.
+        plan: what is predicted.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, Any],
-        selection: Selection,
-        tracks: int,
-        *,
-        force: bool = False,
-        windows_per_part: int = WINDOWS_PER_PART,
-    ) -> None:
-        self.folder = folder / ".parts"
-        self.selection = selection
-        self.tracks = tracks
-        plan = self.folder / "plan.json"
-        if plan.is_file():
-            stored = _read_plan(plan)
-            if stored.get("identity") == identity:
-                windows_per_part = int(stored["windows_per_part"])  # a resumed run keeps the parts it has
-            elif force:
-                shutil.rmtree(self.folder)
-            else:
-                raise DataError(
-                    f"{folder} holds an unfinished prediction of another model, genome or selection: "
-                    "choose another folder, or give force (--force) to discard it"
-                )
-        if not plan.is_file():
-            atomic_write_text(plan, json.dumps({"identity": identity, "windows_per_part": windows_per_part}))
-        self._groups = [
-            selection.windows[first : first + windows_per_part]
-            for first in range(0, len(selection.windows), windows_per_part)
-        ]
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder / PARTS_FOLDER
+        self.plan = plan
+        self.selection = selection = plan.selection
+        self.groups = _grouped(selection.windows, plan.part_bp)
         # Per chromosome where its windows lie: (part, column in it, first bin, past-the-last bin).
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self.groups):
             column = 0
             for window in group:
                 first, stop = selection.target_bins(window)
                 self._places.setdefault(window.chrom, []).append((index, column, first, stop))
                 column += stop - first
+        self._opened = lru_cache(maxsize=1)(self._open)  # neighbouring chromosomes share a part
 
-    def complete(self, compute: Compute, advance: Callable[[int], object]) -> int:
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @cached_property
+    def bases_read(self) -> list[int]:
+        """Bases that the windows of each part read: what it costs, unlike the bases it covers."""
+        return [sum(window.length_bp for window in group) for group in self.groups]
+
+    def bases(self, indices: Sequence[int]) -> int:
+        """Bases that the targets of some parts cover."""
+        return sum(self.selection.target_bp_of(window) for index in indices for window in self.groups[index])
+
+    def complete(
+        self,
+        compute: Compute,
+        advance: Callable[[int], object],
+        *,
+        indices: Sequence[int] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Compute the parts that are not there yet and return how many were there already.
 
-        `compute` yields one array (target bins, tracks) per window, of all missing parts in one stream, so
-        that its batches cross the borders of parts; a part is written as soon as its last window is there.
-        `advance` is told the base pairs of finished parts found at the start (`compute` reports its own).
+        `compute` is given the windows of all missing parts, a group for each, and yields one array (target bins,
+        tracks) per window. Parts are written while the next one is computed.
+
+        Args:
+            compute: makes values; reports its own progress.
+            advance: told the base pairs of parts that are there.
+            indices: which parts; all by default.
+            stopped: asked before each part whether to go on.
+
+        Raises:
+            PredictionStopped: `stopped` said so; all that was computed is written.
+            PartsGone: another process merged or discarded the parts.
         """
         missing = []
-        for index, group in enumerate(self._groups):
-            if self._valid(index):
-                advance(sum(map(self.selection.target_bp_of, group)))
+        for index in range(len(self)) if indices is None else indices:
+            if self._found(index):
+                advance(self.bases([index]))
             else:
                 missing.append(index)
-        blocks = compute([window for index in missing for window in self._groups[index]])
-        for index in missing:
-            values = np.concatenate([next(blocks) for _ in self._groups[index]])
-            content = io.BytesIO()
-            np.save(content, np.ascontiguousarray(values.T))
-            with atomic_path(self._path(index)) as temporary:
-                temporary.write_bytes(content.getbuffer())  # numpy's own write hides that a disk is full
-        return len(self._groups) - len(missing)
+        there = len(self if indices is None else indices) - len(missing)
+        blocks = compute([self.groups[index] for index in missing])
+        with ThreadPoolExecutor(1, thread_name_prefix="parts") as writer:
+            written: Future[None] | None = None
+            for done, index in enumerate(missing):
+                if stopped():
+                    if written is not None:
+                        written.result()
+                    raise PredictionStopped(
+                        f"stopped after the part in hand, as asked: {there + done} of {there + len(missing)} parts are "
+                        f"in {self.folder}; run the same command again to go on"
+                    )
+                values = np.concatenate([next(blocks) for _ in self.groups[index]])
+                if written is not None:
+                    written.result()
+                written = writer.submit(self._write, index, values)
+            if written is not None:
+                written.result()
+        return there
+
+    def fault(self, index: int) -> str:
+        """What is wrong with a part in a few words ("" where it is complete)."""
+        path = self.path(index)
+        spans = self._spans(index)
+        shape = (len(self.plan.tracks), sum(stop - first for _, first, stop in spans))
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                said = stored.metadata() or {}
+                if said.get("identity") != self.plan.key:
+                    return "is of another prediction"
+                if json.loads(said["spans"]) != spans:
+                    return f"is one doubled: it holds what is at {_where(json.loads(said['spans']))}"
+                values = stored.get_tensor("values")
+        except FileNotFoundError:
+            return "is missing"
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return "is truncated or damaged"
+        if values.shape != shape or values.dtype != np.float32:
+            return f"has values {values.dtype} {values.shape} and not float32 {shape}"
+        return "" if said.get("crc32") == _checksum(values) else "has a wrong checksum"
+
+    def where(self, index: int) -> str:
+        """The stretch of a part: "chrI:0-98304" up to its last window."""
+        return _where(self._spans(index), self.plan)
+
+    def strangers(self) -> list[Path]:
+        """Files of values that are not among the parts: copies under another name, or leftovers."""
+        known = {self.path(index) for index in range(len(self))}
+        return sorted(path for path in self.folder.glob(f"*{SUFFIX}") if path not in known)
+
+    def coverage(self) -> dict[str, Counter[tuple[int, int]]]:
+        """Per chromosome, how often each range of bins is in the parts, as the files themselves say."""
+        found: dict[str, Counter[tuple[int, int]]] = {}
+        for index in range(len(self)):
+            with safe_open(self.path(index), framework="numpy") as stored:
+                for chrom, first, stop in json.loads(stored.metadata()["spans"]):
+                    found.setdefault(chrom, Counter())[first, stop] += 1
+        return found
 
     def track(self, chrom: str, track: int) -> npt.NDArray[np.float32]:
         """float32 (bins,) of one track on a whole chromosome; bins that were not asked for are NaN."""
         selection = self.selection
         values = np.full(-(-selection.lengths[chrom] // selection.bin_bp), np.nan, dtype=np.float32)
         for index, places in groupby(self._places[chrom], key=itemgetter(0)):
-            stored = np.load(self._path(index), mmap_mode="r")
+            stored = self._opened(index)
             for _, column, first, stop in places:
                 values[first:stop] = stored[track, column : column + stop - first]
         values[~selection.wanted(chrom)] = np.nan
@@ -118,35 +179,68 @@ class Parts:
         """(first bin, float32 (bins, tracks)) of each window on a chromosome; bins not asked for are NaN."""
         wanted = self.selection.wanted(chrom)
         for index, places in groupby(self._places[chrom], key=itemgetter(0)):
-            stored = np.load(self._path(index), mmap_mode="r")
+            stored = self._opened(index)
             for _, column, first, stop in places:
-                block = np.array(stored[:, column : column + stop - first]).T
+                block = stored[:, column : column + stop - first].T.copy()
                 block[~wanted[first:stop]] = np.nan
                 yield first, block
 
-    def remove(self) -> None:
-        """Delete the part files, once what is made of them is safely written."""
-        shutil.rmtree(self.folder)
+    def path(self, index: int) -> Path:
+        """The file of a part."""
+        return self.folder / f"{index:06d}{SUFFIX}"
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{index:06d}.npy"
+    def _open(self, index: int) -> Any:
+        return safe_open(self.path(index), framework="numpy").get_slice("values")  # type: ignore[no-untyped-call]
 
-    def _valid(self, index: int) -> bool:
-        path = self._path(index)
-        bins = sum(stop - first for first, stop in map(self.selection.target_bins, self._groups[index]))
-        if not path.is_file():
-            return False
+    def _spans(self, index: int) -> Spans:
+        return [[window.chrom, *self.selection.target_bins(window)] for window in self.groups[index]]
+
+    def _found(self, index: int) -> bool:
+        fault = self.fault(index)
+        if fault and fault != "is missing":
+            say(f"{self.path(index)} {fault}; computing it again")
+        return not fault
+
+    def _write(self, index: int, values: npt.NDArray[np.float32]) -> None:
+        stored = np.ascontiguousarray(values.T)
+        said = {
+            "identity": self.plan.key,
+            "spans": json.dumps(self._spans(index)),
+            "crc32": _checksum(stored),
+        }
+        content = save({"values": stored}, said)
+        gone = PartsGone(
+            f"{self.folder} was merged or discarded by another process while this one made a part of it"
+        )
+        if not (self.folder / PLAN_FILE).is_file():
+            raise gone
         try:
-            stored = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            say(f"{path} is damaged; computing it again")
-            return False
-        return bool(stored.shape == (self.tracks, bins) and stored.dtype == np.float32)
+            with atomic_path(self.path(index)) as temporary:
+                temporary.write_bytes(content)  # written here: a full disk is then an OSError
+        except FileNotFoundError as error:
+            raise gone from error
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: delete {path.parent} and run again") from error
-    return plan
+def _grouped(windows: Sequence[Window], part_bp: int) -> list[Sequence[Window]]:
+    """Runs of windows, each ended by the one that brings the bases it reads to `part_bp`."""
+    groups: list[Sequence[Window]] = []
+    first = size = 0
+    for number, window in enumerate(windows, start=1):
+        size += window.length_bp
+        if size >= part_bp or number == len(windows):
+            groups.append(windows[first:number])
+            first, size = number, 0
+    return groups
+
+
+def _checksum(values: npt.NDArray[np.float32]) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(values).data):08x}"
+
+
+def _where(spans: Spans, plan: Plan | None = None) -> str:
+    """Where the bins begin and end: in bases where the plan is known, else in bins."""
+    (chrom, first, _), (last, _, end) = spans[0], spans[-1]
+    if plan is None:
+        return f"{chrom} from bin {first:,}"
+    end_bp = min(end * plan.bin_bp, plan.lengths[last])
+    return f"{chrom}:{first * plan.bin_bp}-" + (f"{end_bp}" if last == chrom else f"{last}:{end_bp}")

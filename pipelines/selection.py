@@ -96,7 +96,6 @@ def select(
             spans.setdefault(chrom, []).append((start, end))
 
     bins: dict[str, npt.NDArray[np.int64]] = {}
-    windows: list[Window] = []
     for chrom in lengths:  # genome order, whatever the order of the request
         if chrom in spans:
             ends = np.array(spans[chrom], dtype=np.int64).reshape(-1, 2)
@@ -104,10 +103,25 @@ def select(
             firsts, stops = merge(ends[:, 0] // bin_bp, -(-ends[:, 1] // bin_bp))
             if firsts.size:
                 bins[chrom] = np.stack([firsts, stops], axis=1)
-                grid = tile(chrom, lengths[chrom], window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
-                windows += _overlapping(grid, bins[chrom], margin_bp, bin_bp, lengths[chrom])
-    if not windows:
+    if not bins:
         raise DataError("there is nothing to predict: no region holds a base; give regions of at least 1 bp")
+    return selection_of(lengths, bins, window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
+
+
+def selection_of(
+    lengths: Mapping[str, int],
+    bins: Mapping[str, npt.NDArray[np.int64]],
+    *,
+    window_bp: int,
+    margin_bp: int,
+    bin_bp: int,
+) -> Selection:
+    """The selection of bins that are known, see `Selection.bins`: with the windows that hold them."""
+    windows: list[Window] = []
+    for chrom, ranges in bins.items():
+        grid = tile(chrom, lengths[chrom], window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
+        # one window is every bin's: most contigs of an assembly
+        windows += grid if len(grid) == 1 else _overlapping(grid, ranges, margin_bp, bin_bp, lengths[chrom])
     return Selection(dict(lengths), bins, tuple(windows), bin_bp, margin_bp)
 
 

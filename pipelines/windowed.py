@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +91,7 @@ def predict_windows(
     device: torch.device | str,
     progress: Progress | None = None,
     precision: Precision = "float32",
+    starts: Container[int] = (),
 ) -> Iterator[npt.NDArray[np.float32]]:
     """For each window, in order, its target bins inside the chromosome: float32 (bins, tracks).
 
@@ -100,6 +101,8 @@ def predict_windows(
 
     Args:
         precision: `float32` (PyTorch lets convolutions use TF32 on CUDA), or `bf16` autocast.
+        starts: numbers of windows that begin a batch, so that values do not depend on the windows before, not even by
+            rounding.
 
     Raises:
         DataError: the model gives NaN or infinity.
@@ -110,7 +113,7 @@ def predict_windows(
     under_way: deque[_UnderWay] = deque()
     try:
         start = _starter(model, place, precision)
-        for batch in _ahead(_batches(model, genome, windows, batch_size)):
+        for batch in _ahead(_batches(model, genome, windows, batch_size, starts)):
             under_way.append(start(batch))
             if len(under_way) > UNDER_WAY:
                 yield from _finished(under_way.popleft(), len(model.tracks), progress)
@@ -165,12 +168,19 @@ class _UnderWay:
 
 
 def _batches(
-    model: AccessibilityModel, genome: Genome, windows: Iterable[Window], batch_size: int
+    model: AccessibilityModel,
+    genome: Genome,
+    windows: Iterable[Window],
+    batch_size: int,
+    starts: Container[int],
 ) -> Iterator[_Batch]:
-    """Runs of windows of which `batch_size` need the model, and a last one with the rest."""
+    """Runs of windows of which `batch_size` need the model, and fewer before each of `starts` and at the end."""
     items: list[_Item] = []
     codes: list[npt.NDArray[np.int8]] = []
-    for window in windows:
+    for number, window in enumerate(windows):
+        if items and number in starts:
+            yield _Batch(items, torch.from_numpy(np.stack(codes)) if codes else None)
+            items, codes = [], []
         seen = genome.window(window.chrom, window.start, window.end)
         length_bp = genome.lengths[window.chrom]
         gap = gap_bins(seen, window, model.margin_bp, model.bin_bp, length_bp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from genossm.dataset import PreparedDataset
 from genossm.errors import ConfigError, DataError
 from genossm.loaders import WindowDataset
 from genossm.pipelines import benchmark_data, benchmark_data_peers
-from genossm.pipelines.benchmark_data import CODES, INLINE, MEMCPY, ONE, DataBenchmark, markdown, measure_data
+from genossm.pipelines.benchmark_data import CODES, INLINE, MEMCPY, ONE, DataBenchmark, measure_data
 from genossm.pipelines.benchmark_data_peers import NAMES, Task, Timed, absent_peers, time_passes, time_peer
+from genossm.pipelines.benchmark_data_tables import markdown
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.mark.slow
 def test_all_cases_are_measured_and_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, private_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake(peer: str, task: Task, case: str, workers: int, *, limit_s: float) -> Timed:
         if peer == "tangermeme":
@@ -44,6 +46,7 @@ def test_all_cases_are_measured_and_printed(
     monkeypatch.setattr(benchmark_data, "absent_peers", lambda: {"GenVarLoader": "not here"})
     files = ["--json-out", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
     assert main(["bench", "data", "--genome-mb", "10", "--tracks", "2", "--repeats", "1", *files]) == 0
+    assert not private_cache.exists() and os.environ["GENOSSM_CACHE"] == str(private_cache)
     printed = capsys.readouterr().out
     assert printed.strip() == (tmp_path / "a.md").read_text().strip()
     result = json.loads((tmp_path / "a.json").read_text())["data"]

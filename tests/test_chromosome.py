@@ -29,6 +29,7 @@ from genossm.models.heads import TrackHead
 from genossm.models.stem import StemConfig
 from genossm.models.stream import ChunkStore, FileStore
 from genossm.pipelines import chromosome as chromosome_module
+from genossm.pipelines import plan as plan_module
 from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes
 from genossm.pipelines.predict import predict
 from genossm.windows import Window
@@ -114,7 +115,13 @@ Run = Callable[..., Any]
 @pytest.fixture
 def run(tmp_path: Path, genome: Genome) -> Run:
     def call(name: str, model: AccessibilityModel, **options: Any) -> Any:
-        given = {"mode": "chromosome", "hdf5": True, "device": "cpu", "genome": genome, **options}
+        given = {
+            "mode": "chromosome",
+            "hdf5": True,
+            "hdf5_dtype": "float32",
+            "device": "cpu",
+            "genome": genome,
+        } | options
         return predict(model, given.pop("genome"), tmp_path / name, **given)
 
     return call
@@ -239,6 +246,8 @@ def test_sequences(run: Run, genome: Genome) -> None:
 def test_an_interrupted_run_goes_on_with_the_next_chromosome(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, value in {"SMALLEST_PART_BP": 1, "MOST_PARTS": 10**9}.items():  # a part for each chromosome
+        monkeypatch.setattr(plan_module, name, value)
     model = tiny_model()
     unbroken = run("unbroken", model, chunk_bp=1_024)
     asked: list[str] = []
@@ -255,7 +264,12 @@ def test_an_interrupted_run_goes_on_with_the_next_chromosome(
     with pytest.raises(KeyboardInterrupt):
         run("broken", model, chunk_bp=1_024)
     parts = sorted((tmp_path / "broken" / ".parts").iterdir())
-    assert [path.name for path in parts] == ["000000.npy", "000001.npy", "000002.npy", "plan.json"]
+    assert [path.name for path in parts] == [
+        "000000.safetensors",
+        "000001.safetensors",
+        "000002.safetensors",
+        "plan.json",
+    ]
     with pytest.raises(DataError, match="unfinished prediction of another model"):
         run("broken", tiny_model(**PATTERNS["conv"]))
     stop_at = ""
@@ -276,7 +290,8 @@ def test_an_interrupted_run_goes_on_with_the_next_chromosome(
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_chromosome import Genome, predict, tiny_model
+from test_chromosome import Genome, plan_module, predict, tiny_model
+plan_module.SMALLEST_PART_BP, plan_module.MOST_PARTS = 1, 10**9
 window = Genome.window
 def slow(self, chrom, start, end):
     if chrom == "chrTail":
@@ -307,7 +322,7 @@ def test_a_killed_process_leaves_chromosomes_and_no_features(
     program = KILLED.format(**{name: str(path) for name, path in names.items()})
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while len(list(out.glob(".parts/*.npy"))) < 3 and time.monotonic() < deadline:
+        while len(list(out.glob(".parts/*.safetensors"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)

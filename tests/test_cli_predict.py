@@ -88,7 +88,12 @@ def test_json_regions_bed_and_arrays(
     assert main([*start, "-o", str(tmp_path / "out"), *regions, "--hdf5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["bins"], result["gap_bins"], result["bases"]) == (6, 0, 192)
-    assert [Path(file).name for file in result["files"]] == ["peaks.bw", "cuts.bw", "predictions.h5"]
+    assert [Path(file).name for file in result["files"]] == [
+        "peaks.bw",
+        "cuts.bw",
+        "predictions.h5",
+        "qc.bed",
+    ]
     assert result["tracks"]["cuts"]["kind"] == "signal"
 
 

@@ -293,7 +293,10 @@ def test_stored_weights_keep_their_names() -> None:
             f"stem.stages.0.{block}.{name}"
             for block in ("conv", "pointwise")
             for name in (
-                *(f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+                *(
+                    f"norm.{n}"
+                    for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+                ),
                 "conv.weight",
             )
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +30,10 @@ from genossm.models.accessibility import AccessibilityModel, ModelConfig
 from genossm.models.encoder import EncoderConfig
 from genossm.models.heads import TrackHead
 from genossm.models.stem import StemConfig
-from genossm.pipelines import parts as parts_module
-from genossm.pipelines import predict as predict_module
+from genossm.pipelines import merge as merge_module
+from genossm.pipelines import plan as plan_module
 from genossm.pipelines.parts import Parts
+from genossm.pipelines.plan import OutputOptions, Plan, PlannedTrack, settle
 from genossm.pipelines.predict import predict, predict_chromosome
 from genossm.pipelines.selection import select
 
@@ -151,8 +153,8 @@ def run(tmp_path: Path, genome: Genome) -> Run:
 
 
 def test_whole_genome_equals_a_computation_without_windows(run: Run, genome: Genome) -> None:
-    result = run(hdf5=True)
-    assert [file.name for file in result.files] == ["gc.bw", "a_count.bw", "predictions.h5"]
+    result = run(hdf5=True, hdf5_dtype="float32")
+    assert [file.name for file in result.files] == ["gc.bw", "a_count.bw", "predictions.h5", "qc.bed"]
     gaps = 0
     with h5py.File(result.folder / "predictions.h5") as arrays:
         assert list(arrays.attrs["tracks"]) == ["gc", "a_count"]
@@ -172,6 +174,7 @@ def test_whole_genome_equals_a_computation_without_windows(run: Run, genome: Gen
         "a_count.bw",
         "gc.bw",
         "predictions.h5",
+        "qc.bed",
         "run.json",
     ]
 
@@ -212,32 +215,55 @@ def test_a_real_model_does_not_depend_on_the_batch_size(genome: Genome) -> None:
         np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
-def test_batches_are_full_across_parts_and_chromosomes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 2)
+def test_batches_end_with_a_part_and_are_full_within_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan_module.SMALLEST_PART_WINDOWS, "cpu", 2)
     model, parts = CountingModel(), CountingModel()
-    result = run("whole", model, batch_size=7)
+    result = run("whole", model, batch_size=7)  # 7 windows a part, of which some are N
     assert len(model.batches) > 3
-    assert set(model.batches[:-1]) == {7} and 1 <= model.batches[-1] <= 7
-    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 1000)
+    assert model.batches.count(7) >= 3 and max(model.batches) == 7
+    monkeypatch.setitem(plan_module.SMALLEST_PART_WINDOWS, "cpu", 1000)
     other = run("other", parts, batch_size=3)
+    assert set(parts.batches[:-1]) == {3}  # one part: across all chromosomes
     for name in ("gc.bw", "a_count.bw"):
         assert (other.folder / name).read_bytes() == (result.folder / name).read_bytes()
 
 
+def plan_of(genome: Genome, part_windows: int = 8, **where: Any) -> Plan:
+    """A plan of two tracks in windows of 1,024 bp, without a model."""
+    selection = select(genome.lengths, window_bp=1024, margin_bp=192, bin_bp=BIN_BP, **where)
+    return Plan(
+        identity={"test": 1},
+        tracks=(PlannedTrack("a", "peaks", "mean", 0.0, 1.0), PlannedTrack("b", "signal", "sum", 0.0, None)),
+        lengths=genome.lengths,
+        bins={chrom: rows.tolist() for chrom, rows in selection.bins.items()},
+        window_bp=1024,
+        margin_bp=192,
+        bin_bp=BIN_BP,
+        whole=False,
+        part_bp=1024 * part_windows,
+        options=OutputOptions(None, False, {}),
+        assembly="tiny",
+        record={},
+        command=("genossm", "predict", "RUN"),
+    )
+
+
 def test_finished_parts_are_found_with_all_their_bases(genome: Genome, tmp_path: Path) -> None:
     regions = ["chrLong:3000-9999", "chrLong:19990-20005", "chrTail"]
-    selection = select(genome.lengths, window_bp=1024, margin_bp=192, bin_bp=BIN_BP, regions=regions)
+    plan = plan_of(genome, regions=regions)
+    selection = plan.selection
+    settle(tmp_path, plan, shard=False, force=False)
 
-    def compute(windows: Any) -> Any:
-        for window in windows:
+    def compute(groups: Any) -> Any:
+        for window in (window for group in groups for window in group):
             first, stop = selection.target_bins(window)
             yield np.full((stop - first, 2), float(first), dtype=np.float32)
 
     done: list[int] = []
-    assert Parts(tmp_path, {}, selection, 2).complete(compute, done.append) == 0
+    assert Parts(tmp_path, plan).complete(compute, done.append) == 0
     assert done == []
-    found = Parts(tmp_path, {}, selection, 2).complete(lambda windows: iter(()), done.append)
-    assert found == -(-len(selection.windows) // parts_module.WINDOWS_PER_PART)
+    found = Parts(tmp_path, plan).complete(lambda groups: iter(()), done.append)
+    assert found == -(-len(selection.windows) // 8)
     # whole targets of 640 bp: 2560-10240 and 19840-20005 of chrLong, all of chrTail
     assert sum(done) == selection.target_bp == 7_680 + 165 + 3_000
 
@@ -302,7 +328,7 @@ def test_a_lone_name_is_a_list_of_one(run: Run) -> None:
 def test_sequences_give_arrays(run: Run, tmp_path: Path) -> None:
     fasta = tmp_path / "s.fa"
     fasta.write_text(">first insert\n" + "ACGT" * 25 + "\n>second\n" + "GGCC" * 900 + "\n")
-    result = run("sequences", genome=None, sequences=fasta)
+    result = run("sequences", genome=None, sequences=fasta, hdf5_dtype="float32")
     assert [file.name for file in result.files] == ["sequences.h5"]
     records = Genome(fasta)
     with h5py.File(result.folder / "sequences.h5") as arrays:
@@ -328,21 +354,21 @@ def test_called_regions(run: Run, genome: Genome) -> None:
 def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 4)
+    monkeypatch.setitem(plan_module.SMALLEST_PART_WINDOWS, "cpu", 4)
     whole = CountingModel()
     unbroken = run("unbroken", whole, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         run("broken", CountingModel(fail_after=14), batch_size=2)
-    parts = list((tmp_path / "broken" / ".parts").glob("*.npy"))
+    parts = list((tmp_path / "broken" / ".parts").glob("*.safetensors"))
     assert parts
     assert not list((tmp_path / "broken").glob("*.bw"))
     with pytest.raises(DataError, match="unfinished prediction of another model"):
         run("broken", CountingModel(window_bp=2048))
     parts[0].write_bytes(parts[0].read_bytes()[:100])
-    monkeypatch.setattr(parts_module, "WINDOWS_PER_PART", 9)  # the run keeps the parts it has
+    monkeypatch.setitem(plan_module.SMALLEST_PART_WINDOWS, "cpu", 9)  # the run keeps the parts it has
     rest = CountingModel()
     resumed = run("broken", rest, batch_size=3)
-    assert "is damaged; computing it again" in capsys.readouterr().err
+    assert "is truncated or damaged; computing it again" in capsys.readouterr().err
     assert rest.windows < whole.windows
     assert not (tmp_path / "broken" / ".parts").exists()
     for name in ("gc.bw", "a_count.bw"):
@@ -352,8 +378,8 @@ def test_an_interrupted_run_goes_on_and_equals_an_unbroken_one(
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_predict import CountingModel, parts_module, predict
-parts_module.WINDOWS_PER_PART = 2
+from test_predict import CountingModel, plan_module, predict
+plan_module.SMALLEST_PART_WINDOWS["cpu"] = 2
 class Slow(CountingModel):
     def predict(self, tokens):
         time.sleep(0.05)
@@ -369,11 +395,11 @@ def test_a_killed_process_leaves_parts_that_the_next_one_uses(
     program = KILLED.format(tests=str(Path(__file__).parent), genome=str(genome.path), out=str(out))
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while len(list(out.glob(".parts/*.npy"))) < 3 and time.monotonic() < deadline:
+        while len(list(out.glob(".parts/*.safetensors"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
-    assert len(list(out.glob(".parts/*.npy"))) >= 3
+    assert len(list(out.glob(".parts/*.safetensors"))) >= 3
     rest = CountingModel()
     resumed = run("killed", rest)
     whole = CountingModel()
@@ -400,6 +426,7 @@ def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
         "a_count.bw",
         "gc.bw",
         "predictions.h5",
+        "qc.bed",
         "run.json",
     ]
     other = CountingModel()
@@ -412,9 +439,14 @@ def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
     assert (first.folder / "gc.bw").read_bytes() == before
     replaced = run(model=other, force=True)
     assert (first.folder / "gc.bw").read_bytes() != before
-    assert sorted(path.name for path in replaced.folder.iterdir()) == ["a_count.bw", "gc.bw", "run.json"]
+    assert sorted(path.name for path in replaced.folder.iterdir()) == [
+        "a_count.bw",
+        "gc.bw",
+        "qc.bed",
+        "run.json",
+    ]
     run(call_peaks=True, model=other)
-    monkeypatch.setattr(predict_module, "collect", interrupted)
+    monkeypatch.setattr(merge_module, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(force=True)
     monkeypatch.undo()
@@ -424,6 +456,7 @@ def test_a_folder_of_another_run_is_refused_and_force_replaces_it(
     assert sorted(path.name for path in run(force=True).folder.iterdir()) == [
         "a_count.bw",
         "gc.bw",
+        "qc.bed",
         "run.json",
     ]
     (tmp_path / "foreign").mkdir()
@@ -539,3 +572,123 @@ def test_human_slice_with_its_n_runs(realdata: Path, tmp_path: Path) -> None:
     assert 0.15 < absent.mean() < 0.18
     np.testing.assert_array_equal(np.isnan(found), absent)
     assert result.summary["gap_bins"] == absent.sum()
+
+
+def test_several_models_are_averaged_in_one_pass(run: Run, genome: Genome) -> None:
+    models = [tiny_model(seed) for seed in (1, 2, 3)]
+    options = {"hdf5": True, "hdf5_dtype": "float32", "call_peaks": True, "chroms": ["chrTail", "chrOne"]}
+    models[0].threshold, models[1].threshold = {"peaks": 0.2}, {"peaks": 0.3}
+    together = run("together", models, **options)
+    single = [run(f"single{index}", model, **options) for index, model in enumerate(models)]
+    for chrom in ("chrOne", "chrTail"):
+        arrays = []
+        for result in (together, *single):
+            with h5py.File(result.folder / "predictions.h5") as file:
+                arrays.append(file[chrom]["predictions"][:])
+        np.testing.assert_allclose(arrays[0], np.mean(arrays[1:], axis=0), rtol=1e-6)
+        assert not np.allclose(arrays[0], arrays[1], equal_nan=True)
+    assert together.summary["tracks"]["peaks"]["threshold"] == pytest.approx((0.2 + 0.3 + 0.5) / 3)
+    record = json.loads((together.folder / "run.json").read_text())
+    assert len(record["models"]) == len(record["identity"]["weights_sha256"]) == 3
+    with pytest.raises(DataError, match="another model"):
+        run("together", models[:2], **options)
+    by_chromosome = run("whole", models[:2], mode="chromosome", chroms="chrOne", hdf5=True)
+    assert by_chromosome.summary["bins"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin_bp": 256}, "the first has a margin of 512 and number 2 has 256"),
+        ({"window_bp": 4096}, "windows of 2048 and number 2 has 4096"),
+    ],
+)
+def test_models_that_cannot_be_averaged(run: Run, change: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(model=[tiny_model(), tiny_model(**change)])
+    with pytest.raises(ConfigError, match=r"the first has tracks .*give runs of the same tracks"):
+        run(model=[CountingModel(), tiny_model()])
+    with pytest.raises(ConfigError, match="there is no model"):
+        predict([], "x.fa", "out", device="cpu")
+
+
+@pytest.mark.parametrize("mode", ["windows", "chromosome"])
+def test_precision(run: Run, mode: str) -> None:
+    model, arrays = tiny_model(), {}
+    for precision in ("auto", "float32", "bf16"):
+        options = {"mode": mode, "chroms": "chrTail", "hdf5": True, "hdf5_dtype": "float32"}
+        result = run(precision, model, precision=precision, **options)
+        with h5py.File(result.folder / "predictions.h5") as file:
+            arrays[precision] = file["chrTail"]["predictions"][:]
+        record = json.loads((result.folder / "run.json").read_text())
+        expected_precision = "bf16" if precision == "bf16" else "float32"  # auto is float32 on a CPU
+        assert record["precision"] == record["identity"]["precision"] == expected_precision
+    np.testing.assert_array_equal(arrays["auto"], arrays["float32"])
+    differences = np.nanmax(np.abs(arrays["bf16"] - arrays["float32"]), axis=0)
+    assert 1e-5 < differences[0] < 0.05
+    with pytest.raises(DataError, match="another model, genome or selection"):
+        run("float32", model, precision="bf16", mode=mode, chroms="chrTail")
+
+
+def test_half_precision_arrays_are_the_default(run: Run, genome: Genome) -> None:
+    result = run(hdf5=True)
+    with h5py.File(result.folder / "predictions.h5") as arrays:
+        for chrom in genome.names:
+            assert arrays[chrom]["predictions"].dtype == np.float16
+            np.testing.assert_allclose(arrays[chrom]["predictions"][:], expected(genome, chrom), rtol=1e-3)
+
+
+def test_qc_tells_gaps_and_values_out_of_range(run: Run, genome: Genome) -> None:
+    result = run(regions=["chrLong:4000-10400", "chrTail"])
+    rows = [line.split("\t") for line in (result.folder / "qc.bed").read_text().splitlines()]
+    # within the bins asked for: 5,000-9,000, a bin with 17 of 32 N, and the N at the end of chrTail
+    assert rows == [
+        ["chrLong", "4992", "8992", "gap"],
+        ["chrLong", "10304", "10336", "gap"],
+        ["chrTail", "2496", "3000", "gap"],
+    ]
+    assert (
+        sum(-(-(int(end) - int(start)) // BIN_BP) for _, start, end, _ in rows) == result.summary["gap_bins"]
+    )
+    model = CountingModel()
+    with torch.no_grad():
+        model.scale.fill_(2)
+    beyond = run("beyond", model, chroms="chrTail")
+    notes = [line.split("\t") for line in (beyond.folder / "qc.bed").read_text().splitlines()]
+    truth = expected(genome, "chrTail")[:, 0] * 2
+    flagged = np.zeros(truth.size, dtype=bool)
+    for _, start, end, note in notes:
+        if note == "out_of_range:gc":
+            flagged[int(start) // BIN_BP : -(-int(end) // BIN_BP)] = True
+    np.testing.assert_array_equal(flagged, truth > 1)
+    assert beyond.summary["tracks"]["gc"]["out_of_range"] == flagged.sum() > 10
+    assert beyond.summary["tracks"]["a_count"]["out_of_range"] == 0
+
+
+def test_readers_agree(run: Run, genome: Genome, tmp_path: Path) -> None:
+    """Values, means over stretches and headers by pyBigWig and pybigtools; by UCSC's and deepTools' where installed."""
+    path = run(regions=["chrLong:333-12000", "chrTail", "chrOne"]).folder / "gc.bw"
+    one, two = pyBigWig.open(str(path)), pybigtools.open(str(path))
+    assert one.chroms() == two.chroms() == genome.lengths
+    dice = np.random.default_rng(3)
+    for chrom, length_bp in genome.lengths.items():
+        both = np.array(one.values(chrom, 0, length_bp)), two.values(chrom, 0, length_bp, fillna=None)
+        np.testing.assert_array_equal(*both)
+        for _ in range(20):
+            start, end = sorted(dice.choice(length_bp + 1, 2, replace=False).tolist())
+            mean = one.stats(chrom, start, end, exact=True)[0]
+            found = two.values(chrom, start, end, bins=1, exact=True, fillna=None)[0]
+            assert (mean is None and np.isnan(found)) or mean == pytest.approx(found, rel=1e-6)
+    covered = sum(end - start for chrom in genome.lengths for start, end, _ in one.intervals(chrom) or ())
+    assert one.header()["nBasesCovered"] == two.info()["summary"]["basesCovered"] == covered
+    one.close()
+    program = shutil.which("bigWigToBedGraph")
+    if program is not None:
+        subprocess.run([program, path, tmp_path / "x.bedGraph"], check=True)
+        rows = [line.split() for line in (tmp_path / "x.bedGraph").read_text().splitlines()]
+        assert sum(int(end) - int(start) for _, start, end, _ in rows) == covered
+    program = shutil.which("multiBigwigSummary")
+    if program is not None:
+        table = ["--outRawCounts", tmp_path / "x.tsv", "-o", tmp_path / "x.npz", "-bs", "320"]
+        subprocess.run([program, "bins", "-b", path, *table], check=True)
+        assert (tmp_path / "x.tsv").read_text().count("chrTail") >= 9

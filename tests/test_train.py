@@ -168,7 +168,7 @@ def test_a_training_stopped_within_an_epoch_resumes_at_the_saved_step(
         return step(self, *arguments)
 
     monkeypatch.setattr(TrainingModule, "training_step", stopping)
-    with pytest.raises(BaseException, match="by a signal|^$"):
+    with pytest.raises(BaseException, match=r"by a signal|^$"):
         gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", overrides=settings)
     monkeypatch.setattr(TrainingModule, "training_step", step)
     assert len(rows(tmp_path / "broken")) == 1

@@ -20,6 +20,7 @@ from genossm.errors import GenossmError
 # In the order of the work. The lines are here so that --help imports no command; a test compares them
 # with each command's own short help.
 COMMANDS = {
+    "fetch": "Fetch ENCODE files, a genome or a blacklist from their servers.",
     "check": "Compare names, lengths and coordinates of all files of a dataset.",
     "prepare": "Turn a genome, peaks and signal into a folder ready for training.",
     "info": "Tell a model's parameters, receptive field, FLOPs and memory.",
@@ -27,9 +28,11 @@ COMMANDS = {
     "evaluate": "Score a trained model on held-out chromosomes.",
     "compare": "Train several configurations with several seeds, in one table.",
     "predict": "Predict every track along chromosomes, regions or sequences.",
+    "merge": "Write the files of a prediction that was made in shards.",
+    "slurm": "Write and submit Slurm jobs that train, or predict in shards.",
     "simulate": "Write a small genome with planted, known regulatory grammar.",
     "demo": "Run the whole path on a simulated genome and write one report page.",
-    "bench": "Check and time the scan kernels, and whole encoders, on this machine.",
+    "bench": "Check and time scan kernels, whole encoders, prediction, and the reading of data, on this machine.",
 }
 
 

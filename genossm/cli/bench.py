@@ -1,4 +1,4 @@
-"""`genossm bench`: measure the building blocks, whole encoders, or the reading of data, on this machine."""
+"""`genossm bench`: measure the building blocks, whole encoders, prediction, or the reading of data, on this machine."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def file_options(*, markdown: str) -> Decorator[Any]:
 @click.group(
     "bench",
     cls=Benches,
-    short_help="Check and time the scan kernels, whole encoders, and the reading of data, on this machine.",
+    short_help="Check and time scan kernels, whole encoders, prediction, and the reading of data, on this machine.",
 )
 def command() -> None:
-    """Measure the scan kernels, whole encoders, or the reading of data, on this machine. Let nothing else run on it."""
+    """Measure scan kernels, whole encoders, prediction, or the reading of data, on this machine. Let nothing else run on it."""
 
 
 @command.command("kernels", short_help="Check the scan kernels, then time them.")
@@ -283,7 +283,8 @@ def data(
     data are simulated in a temporary folder. With --device cuda batches end on the GPU. Files are written again after
     each row.
     """
-    from genossm.pipelines.benchmark_data import DataBenchmark, markdown, measure_data
+    from genossm.pipelines.benchmark_data import DataBenchmark, measure_data
+    from genossm.pipelines.benchmark_data_tables import markdown
 
     def save(result: DataBenchmark) -> None:
         _save({"data": result}, markdown(result), json_out, markdown_out)
@@ -301,6 +302,72 @@ def data(
         save=save,
     )
     show({"data": result}, markdown(result))
+
+
+@command.command("predict", short_help="Time the prediction of whole chromosomes, FASTA to bigWig.")
+@click.option(
+    "--config",
+    default="accessibility-100kb",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="The model, with random weights.",
+)
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="BP",
+    help="Only chromosomes of this length; may be given often. [default: 1 Mb to human chromosome 1, 249 Mb]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Windows at once.",
+)
+@click.option(
+    "--rivals/--no-rivals",
+    default=True,
+    show_default=True,
+    help="Also time a loop of pyfaidx, DataLoader, model and pyBigWig, and a Transformer of equal size.",
+)
+@click.option("--quick", is_flag=True, help="Short chromosomes; a CPU does no more than that.")
+@file_options(markdown="Also write the table to this file.")
+@device_option()
+def predict(
+    config: str,
+    lengths: tuple[int, ...],
+    batch_size: int,
+    rivals: bool,
+    quick: bool,
+    json_out: Path | None,
+    markdown_out: Path | None,
+    device: str,
+) -> None:
+    """Time the prediction of whole random chromosomes, end to end, in both modes.
+
+    Seconds and Mbp/s, the model's own share of the time, memory of device and host, and how time grows with the length.
+    Files are written again after each row.
+    """
+    from genossm.pipelines.benchmark_predict import PredictBenchmark, benchmark_predict
+    from genossm.pipelines.benchmark_predict_tables import markdown, text
+
+    def save(result: PredictBenchmark) -> None:
+        _save({"predict": result}, markdown(result), json_out, markdown_out)
+
+    result = benchmark_predict(
+        device=device,
+        config=config,
+        lengths=lengths or None,
+        batch_size=batch_size,
+        rivals=rivals,
+        quick=quick,
+        save=save,
+    )
+    show({"predict": result}, text(result))
 
 
 def _save(data: dict[str, object], markdown: str, json_out: Path | None, markdown_out: Path | None) -> None:

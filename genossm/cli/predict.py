@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from genossm.cli.console import show
 from genossm.cli.options import batch_size_option, device_option, out_option
 
+if TYPE_CHECKING:
+    from genossm.pipelines.collect import PredictionResult
+
+COMPARED = ("genome", "out", "chroms", "chunk_bp", "spill", "batch_size", "precision", "device")
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("predict", short_help="Predict every track along chromosomes, regions or sequences.")
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("runs", type=click.Path(path_type=Path), metavar="RUN...", nargs=-1, required=True)
 @click.option("--genome", type=FILE, metavar="FASTA", help="The genome, plain or bgzip.")
 @out_option()
 @click.option(
@@ -56,6 +60,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     "suffices, then in DIR.",
 )
 @click.option("--hdf5", is_flag=True, help="Write predictions.h5 (bins x tracks) as well.")
+@click.option("--hdf5-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
+              help="Type of the numbers in predictions.h5 or sequences.h5.")  # fmt: skip
 @click.option("--call-peaks", is_flag=True, help="Write called regions of each peaks track as narrowPeak.")
 @click.option(
     "--threshold",
@@ -64,27 +70,100 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Lowest probability in a called region. Default: the model's own.",
 )
 @batch_size_option()
+@click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), default="auto", show_default=True,
+              help="What the model computes in. auto: bf16 on CUDA, float32 on a CPU.")  # fmt: skip
 @device_option()
+@click.option(
+    "--devices", metavar="A,B,...", help="Several of this machine, such as cuda:0,cuda:1, in its place."
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Only share I (from 1) of N alike in bases; `genossm merge DIR` then writes the files.",
+)
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    metavar="[TRACK=]FILE.bw",
+    help="Print the correlation with this bigWig per chromosome; may be given often.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the time, memory and disk that it needs, and stop.")
+@click.option("--compare", is_flag=True, help="Instead, tell how far the mode windows is from chromosome, by the "
+              "distance from the windows' edges (DIR/compare.json).")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace what is in DIR, another prediction or a finished one.")
-def command(run: Path, chroms: tuple[str, ...], regions: tuple[str, ...], **options: Any) -> None:
+def command(
+    runs: tuple[Path, ...],
+    chroms: tuple[str, ...],
+    regions: tuple[str, ...],
+    references: tuple[str, ...],
+    dry_run: bool,
+    compare: bool,
+    **options: Any,
+) -> int:
     """Predict all tracks of the model in RUN and write DIR/<track>.bw, a bigWig each, and DIR/run.json.
 
     Bins of mostly N are gaps. The two strands are averaged, unless the model is symmetric by itself or was
-    trained on one. A killed command goes on where it stopped when it is run again.
+    trained on one. Of several RUNs (folds, say) the mean is written. A killed command goes on where it stopped when it
+    is run again; SIGTERM ends it after the part in hand, with exit status 143.
     """
-    _check_usage(options | {"chroms": chroms, "regions": regions})
-    from genossm.pipelines.predict import predict
+    switches = {"dry_run": dry_run, "compare": compare, "references": references}
+    _check_usage(options | switches | {"chroms": chroms, "regions": regions})
+    devices = options.pop("devices")
+    options |= {"chroms": chroms or None, "regions": regions or None}
+    if dry_run:
+        from genossm.pipelines.predict_estimate import estimate
 
-    result = predict(run, chroms=chroms or None, regions=regions or None, **options)
-    lines = [f"{result.summary['bins']:,} bins ({result.summary['gap_bins']:,} gaps) in {result.folder}"]
-    for name, track in result.summary["tracks"].items():
+        expected = estimate(runs, **_without(options, "force"))
+        show({"out": options["out"], "estimate": expected, "fits": expected.fits}, expected.text())
+        return 0
+    if compare:
+        from genossm.pipelines.predict_compare import compare_modes
+
+        report = compare_modes(runs, **{name: options[name] for name in COMPARED})
+        show({"out": options["out"], **report.to_mapping()}, report.text())
+        return 0
+    from genossm.pipelines.correlate import correlate
+    from genossm.pipelines.parts import PredictionStopped
+    from genossm.pipelines.predict import predict
+    from genossm.pipelines.stop import STOPPED_STATUS
+    from genossm.progress import say
+
+    try:
+        result = predict(runs, devices=devices.split(",") if devices else None, **options)
+    except PredictionStopped as error:
+        say(str(error))
+        return STOPPED_STATUS
+    data = {"out": result.folder, "files": result.files, **result.summary}
+    text = prediction_text(result)
+    if references:
+        found = correlate(result.folder, references)
+        data, text = data | {"reference": found.rows}, f"{text}\n{found.text()}"
+    show(data, text)
+    return 0
+
+
+def prediction_text(result: PredictionResult) -> str:
+    """What a prediction, or a shard of one, wrote, in lines for people."""
+    summary = result.summary
+    if "shard" in summary:
+        return (
+            f"shard {summary['shard']}: {summary['parts']:,} parts of {summary['bases']:,} bp are in {result.folder}\n"
+            f"when all shards are done: genossm merge {result.folder}"
+        )
+    lines = [f"{summary['bins']:,} bins ({summary['gap_bins']:,} gaps) in {result.folder}"]
+    for name, track in summary["tracks"].items():
         values = " ".join(f"{key} {track[key]:.4g}" for key in ("mean", "max") if track[key] is not None)
         called = (
             f"; {track['regions']:,} regions at {track['threshold']:g} or more" if "regions" in track else ""
         )
-        lines.append(f"{name}: {values}{called}")
-    lines += [str(file) for file in result.files]
-    show({"out": result.folder, "files": result.files, **result.summary}, "\n".join(lines))
+        beyond = f"; {track['out_of_range']:,} bins out of range" if track["out_of_range"] else ""
+        lines.append(f"{name}: {values}{called}{beyond}")
+    return "\n".join([*lines, *map(str, result.files)])
+
+
+def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
 
 
 def _check_usage(options: Mapping[str, Any]) -> None:
@@ -99,5 +178,25 @@ def _check_usage(options: Mapping[str, Any]) -> None:
     if options["threshold"] is not None and not options["call_peaks"]:
         raise click.UsageError("--threshold needs --call-peaks")
     for name in ("chunk_bp", "spill"):
-        if options[name] is not None and options["mode"] != "chromosome":
+        if options[name] is not None and options["mode"] != "chromosome" and not options["compare"]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --mode chromosome")
+    if options["shard"] is not None:
+        from genossm.errors import ConfigError
+        from genossm.pipelines.shards import Shard
+
+        try:
+            Shard.parse(options["shard"])
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+    if options["shard"] is not None and (options["references"] or options["compare"]):
+        raise click.UsageError(
+            "a shard writes no files: give --reference to genossm merge, and leave out --compare"
+        )
+    if options["devices"] is not None and (options["compare"] or options["dry_run"]):
+        raise click.UsageError("--compare and --dry-run use one device: give --device in place of --devices")
+    if options["sequences"] is not None and (options["references"] or options["compare"]):
+        raise click.UsageError("--sequences have no coordinates: leave out --reference and --compare")
+    if options["compare"] and (
+        options["dry_run"] or options["references"] or options["regions"] or options["bed"]
+    ):
+        raise click.UsageError("--compare takes --chrom, and no --region, --bed, --reference and --dry-run")

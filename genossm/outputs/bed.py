@@ -1,4 +1,4 @@
-"""Call regions from per-bin values and write them as narrowPeak."""
+"""Call regions from per-bin values and write them as narrowPeak; write notes on regions as BED."""
 
 from __future__ import annotations
 
@@ -89,3 +89,14 @@ def write_narrowpeak(
                 label = f"{name}_{count}\t{score}\t."
                 handle.write(f"{chrom}\t{start}\t{end}\t{label}\t{mean:.6g}\t-1\t-1\t{summit - start}\n")
     return count
+
+
+def write_notes(path: str | os.PathLike[str], rows: Iterable[tuple[str, int, int, str]]) -> None:
+    """Write (chrom, start, end, note) as BED4, complete or not at all; a file without a row is empty.
+
+    Raises:
+        FileError: the disk is full or the folder cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        for chrom, start, end, note in rows:
+            handle.write(f"{chrom}\t{start}\t{end}\t{note}\n")

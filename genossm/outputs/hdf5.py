@@ -15,6 +15,7 @@ from genossm.errors import DataError
 from genossm.hdf5_file import create_hdf5
 
 CHUNK_BINS = 4096
+FLUSHED_VALUES = 1 << 20
 Slices = Iterable[tuple[int, npt.NDArray[np.float32]]]
 
 
@@ -50,9 +51,13 @@ def write_hdf5(
         handle.attrs["bin_bp"] = bin_bp
         handle.attrs["assembly"] = assembly
         handle.attrs.update(attributes or {})
+        unflushed = 0
         for chrom, length_bp, slices in arrays:
             _write_chromosome(handle, chrom, length_bp, slices, len(tracks), bin_bp, dtype)
-            flush()
+            unflushed += length_bp // bin_bp * len(tracks)
+            if unflushed >= FLUSHED_VALUES:  # for each of 100,000 contigs it would take longer than all else
+                flush()
+                unflushed = 0
 
 
 def _write_chromosome(

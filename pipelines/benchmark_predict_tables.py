@@ -1,0 +1,68 @@
+"""The benchmark of whole chromosomes as tables: aligned for a terminal, or Markdown for the documentation."""
+
+from __future__ import annotations
+
+from genossm.pipelines.benchmark_predict import PredictBenchmark, PredictRow
+from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text
+
+
+def text(result: PredictBenchmark) -> str:
+    """For a terminal."""
+    return as_text(_facts(result), _tables(result))
+
+
+def markdown(result: PredictBenchmark) -> str:
+    """For docs/performance.md."""
+    return as_markdown(_facts(result), _tables(result))
+
+
+def _facts(result: PredictBenchmark) -> list[Fact]:
+    precision = "bfloat16 autocast" if result.precision == "bf16" else "float32"
+    facts = [
+        ("device", result.device + "".join(f", {name} {value}" for name, value in result.hardware.items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        (
+            "shapes",
+            f"{result.config} with random weights, one track, {precision}, batches of {result.batch_size} windows; random "
+            "chromosomes with 7 % N",
+        ),
+        (
+            "method",
+            "one run each in a process of its own, after a short one that compiles: from the call until the bigWig is "
+            "there; memory: the most that PyTorch reserved on the device, and resident on the host",
+        ),
+    ]
+    if result.growth:
+        slopes = ", ".join(f"{by} {slope:.2f}" for by, slope in result.growth.items())
+        facts.append(("growth", f"seconds ~ length ** {slopes}"))
+    if result.difference is not None:
+        facts.append(("equality", f"largest difference between loop and windows: {result.difference:.1e}"))
+    if result.quick:
+        facts.append(("quick", "short chromosomes: it shows that all of it runs, not how fast"))
+    return facts
+
+
+def _tables(result: PredictBenchmark) -> list[Table]:
+    rows: Rows = [
+        ["length, bp", "by", "s", "Mbp/s", "ratio", "model's share", "device MiB", "host MiB", "start, s"]
+    ]
+    windows = {row.length_bp: row.seconds for row in result.rows if row.by == "genossm windows"}
+    for row in sorted(result.rows, key=lambda row: row.length_bp):
+        rows.append(_row(row, windows.get(row.length_bp)))
+    return [("Whole chromosomes to bigWig", rows, "ratio: seconds over those of windows mode at this length")]
+
+
+def _row(row: PredictRow, unit: float | None) -> list[str]:
+    if row.seconds is None:
+        return [f"{row.length_bp:,}", row.by, row.problem or "", *[""] * 6]
+    return [
+        f"{row.length_bp:,}",
+        row.by,
+        f"{row.seconds:.1f}",
+        f"{row.mbp_per_s:.3g}",
+        "" if not unit else f"{row.seconds / unit:.2f}x",
+        "" if row.model_share is None else f"{row.model_share:.0%}",
+        "" if row.device_mib is None else f"{row.device_mib:,.0f}",
+        "" if row.host_mib is None else f"{row.host_mib:,.0f}",
+        "" if row.start_s is None else f"{row.start_s:.0f}",
+    ]
