@@ -71,7 +71,8 @@ def _write_chromosome(
         shape=(bins, tracks),
         dtype=dtype,
         chunks=(min(CHUNK_BINS, bins), tracks),
-        compression="lzf",
+        compression="gzip",  # lzf gives other bytes from time to time
+        compression_opts=1,
         shuffle=True,
         fillvalue=np.nan,
     )
