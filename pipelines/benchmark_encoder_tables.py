@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genossm.pipelines.benchmark_encoder_cases import Cost, EncoderBenchmark, EncoderRow, Group, kb
-from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text
+from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text, machine_facts
 
 TITLES: dict[Group, str] = {
     "configuration": "Configurations",
@@ -25,14 +25,13 @@ def markdown(result: EncoderBenchmark) -> str:
 def _facts(result: EncoderBenchmark) -> list[Fact]:
     precision = "bfloat16 autocast" if result.precision == "bf16" else "float32"
     facts = [
-        ("device", result.device + "".join(f", {name} {value}" for name, value in result.hardware.items())),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        *machine_facts(result.device, result.hardware, result.versions),
         ("shapes", f"windows of {result.length:,} random bp, one track of peaks, {precision}"),
         (
             "method",
             "medians of a training step (forward, loss, backward, AdamW, running average) and of `predict`; every base of a "
-            "window counted once, whether one strand is computed or both; GiB: the most that PyTorch had allocated, model "
-            f"included; {result.seconds:.0f} s in all",
+            "window counted once, whether one strand is computed or both; GiB: the most that PyTorch had allocated, or "
+            f"holds for CUDA graphs, model included; {result.seconds:.0f} s in all",
         ),
     ]
     if result.quick:

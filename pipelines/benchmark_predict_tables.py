@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genossm.pipelines.benchmark_predict import PredictBenchmark, PredictRow
-from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text
+from genossm.pipelines.benchmark_tables import Fact, Rows, Table, as_markdown, as_text, machine_facts
 
 
 def text(result: PredictBenchmark) -> str:
@@ -19,8 +19,7 @@ def markdown(result: PredictBenchmark) -> str:
 def _facts(result: PredictBenchmark) -> list[Fact]:
     precision = "bfloat16 autocast" if result.precision == "bf16" else "float32"
     facts = [
-        ("device", result.device + "".join(f", {name} {value}" for name, value in result.hardware.items())),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        *machine_facts(result.device, result.hardware, result.versions),
         (
             "shapes",
             f"{result.config} with random weights, one track, {precision}, batches of {result.batch_size} windows; random "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from genossm.pipelines.benchmark_beside import QUOTED_FROM
 from genossm.pipelines.benchmark_gpu import US, GpuBenchmark
@@ -41,12 +41,18 @@ def as_markdown(facts: Iterable[Fact], tables: Iterable[Table]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def machine_facts(device: str, hardware: Mapping[str, str], versions: Mapping[str, str]) -> list[Fact]:
+    """What a benchmark ran on and with."""
+    return [
+        ("device", device + "".join(f", {name} {value}" for name, value in hardware.items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+
+
 def _facts(result: GpuBenchmark) -> list[tuple[str, str]]:
     shapes = result.shapes
-    hardware = "".join(f", {name} {value}" for name, value in result.hardware.items())
     facts = [
-        ("device", result.device + hardware),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        *machine_facts(result.device, result.hardware, result.versions),
         (
             "shapes",
             f"{result.dtype}, batch {shapes.batch}; ssd: {shapes.heads} heads of {shapes.head_dim}, 1 group, state as "

@@ -57,9 +57,11 @@ class GraphedTraining:
 
     def _record(self, tokens: Tensor) -> None:
         self._shape = tokens.shape
-        if (reason := why_no_graph(self._model, tokens.device)) or self._model.config.encoder.checkpoint:
+        reason = why_no_graph(self._model, tokens.device)
+        if reason is None and self._model.config.encoder.checkpoint:
+            reason = "layers are computed again in the backward pass (checkpoint)"
+        if reason is not None:
             if tokens.is_cuda:
-                reason = reason or "layers are computed again in the backward pass (checkpoint)"
                 say(f"CUDA graphs are not used: {reason}")
             return
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}

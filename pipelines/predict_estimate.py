@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from genossm.amounts import duration_text, size_text
 from genossm.genome import Genome
 from genossm.interval import bin_count
 from genossm.models.accessibility import AccessibilityModel
@@ -74,19 +75,23 @@ class PredictionEstimate:
         """The estimate in lines for people."""
         of = "" if self.shard is None else f"shard {self.shard}: "
         there = f" ({self.found:,} are there already)" if self.found else ""
-        device = "" if self.device_bytes is None else f", {_size(self.device_bytes)} on the device"
+        device = "" if self.device_bytes is None else f", {size_text(self.device_bytes)} on the device"
         rate = self.bases / self.compute_seconds / 1e6 if self.compute_seconds and not self.found else None
         return "\n".join(
             [
                 f"{of}{self.windows:,} windows, {self.bases:,} bp of {self.chroms:,} chromosomes, {self.tracks} tracks, "
                 f"in {self.parts:,} parts{there}; mode {self.mode}, {self.precision}, {self.device}",
-                f"time: about {_duration(self.compute_seconds)} to compute"
+                f"time: about {duration_text(self.compute_seconds)} to compute"
                 + (f" ({rate:,.2f} Mbp/s)" if rate is not None else "")
-                + (f" and {_duration(self.write_seconds)} to write the files" if self.shard is None else "")
+                + (
+                    f" and {duration_text(self.write_seconds)} to write the files"
+                    if self.shard is None
+                    else ""
+                )
                 + f", measured on {self.sample}",
-                f"memory: about {_size(self.host_bytes)}{device}",
-                f"disk: up to {_size(self.output_bytes)} for the files and {_size(self.parts_bytes)} beside them until "
-                f"they are complete; {_size(self.free_bytes)} are free"
+                f"memory: about {size_text(self.host_bytes)}{device}",
+                f"disk: up to {size_text(self.output_bytes)} for the files and {size_text(self.parts_bytes)} beside them until "
+                f"they are complete; {size_text(self.free_bytes)} are free"
                 + ("" if self.fits else ": TOO LITTLE"),
             ]
         )
@@ -235,13 +240,3 @@ def _peak_bytes() -> int:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-
-
-def _size(amount: int) -> str:
-    return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -14,6 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from genossm.amounts import duration_text, size_text
 from genossm.dataset_config import TrackConfig
 from genossm.dataset_inputs import DatasetInputs
 from genossm.interval import bin_count
@@ -65,9 +66,9 @@ class Estimate:
         there = f" ({self.finished} of the tracks are there already)" if self.finished else ""
         return (
             f"{self.tracks} tracks x {self.bins:,} bins in {self.windows:,} windows: about "
-            f"{_size(self.dataset_bytes)} on the disk ({form}), {_size(self.working_bytes)} more while it is made; "
-            f"{_size(self.free_bytes)} are free\n"
-            f"about {_duration(self.seconds)} with {self.jobs} process{'es' if self.jobs > 1 else ''}{there}, "
+            f"{size_text(self.dataset_bytes)} on the disk ({form}), {size_text(self.working_bytes)} more while it is made; "
+            f"{size_text(self.free_bytes)} are free\n"
+            f"about {duration_text(self.seconds)} with {self.jobs} process{'es' if self.jobs > 1 else ''}{there}, "
             f"measured on {self.sample}"
         )
 
@@ -207,13 +208,3 @@ def _hash_seconds(paths: Sequence[str]) -> float:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def _size(amount: int) -> str:
-    return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

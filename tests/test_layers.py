@@ -52,6 +52,7 @@ MODULES = {
     "device_lock": "foundation",
     "file_reader": "foundation",
     "lock": "foundation",
+    "amounts": "foundation",
     "scaling": "foundation",
     "storage": "foundation",
     "config": "foundation",
