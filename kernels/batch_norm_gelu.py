@@ -17,6 +17,7 @@ def batch_norm_gelu(
     statistics: tuple[Tensor, Tensor] | None = None,
     *,
     eps: float = 1e-5,
+    paired: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gelu(z) of z = (x - mean) / sqrt(variance + eps) * weight + bias, for each channel.
@@ -30,6 +31,7 @@ def batch_norm_gelu(
         weight, bias: (channels,).
         statistics: mean and variance, (channels,) each, of other batches; None for those of this one.
         eps: added to the variance.
+        paired: statistics of the batch are those of a channel and its mirror image, the last for the first, together.
         backend: `triton` (CUDA), `torch`, or `auto`.
 
     Returns:
@@ -37,7 +39,8 @@ def batch_norm_gelu(
         (float64 for float64), without gradients.
 
     Raises:
-        ValueError: a shape, dtype or backend that does not fit, or x without a position.
+        ValueError: a shape, dtype or backend that does not fit, x without a position, or an odd number of channels that
+            are paired.
     """
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         check_real(name, tensor)
@@ -47,22 +50,30 @@ def batch_norm_gelu(
         raise ValueError(
             f"x has shape {tuple(x.shape)}; (..., channels) with at least one position is needed"
         )
+    if paired and x.shape[-1] % 2:
+        raise ValueError(f"x has {x.shape[-1]} channels; an even number is needed for pairs")
     for name, other in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
         if other is not None:
             check_shape(name, other, [(x.shape[-1],)])
     if choose_backend(backend, x, None, reference=False) == "triton":
         from genossm.kernels.batch_norm_gelu_triton import batch_norm_gelu_triton
 
-        return batch_norm_gelu_triton(x, weight, bias, mean, variance, eps)
+        return batch_norm_gelu_triton(x, weight, bias, mean, variance, eps, paired)
 
     wide = accumulation(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         rows = x.to(wide).flatten(0, -2)
         if mean is None or variance is None:
-            z, mean, inverse = torch.native_batch_norm(
-                rows, weight.to(wide), bias.to(wide), None, None, True, 0.0, eps
-            )
+            if paired:
+                first, last = rows.chunk(2, 1)
+                rows = torch.cat([first, last.flip(1)])
+            scale, added = (None, None) if paired else (weight.to(wide), bias.to(wide))
+            z, mean, inverse = torch.native_batch_norm(rows, scale, added, None, None, True, 0.0, eps)
             mean, variance = mean.detach(), inverse.detach() ** -2 - eps
+            if paired:
+                first, last = z.chunk(2)
+                z = torch.cat([first, last.flip(1)], 1) * weight.to(wide) + bias.to(wide)
+                mean, variance = (torch.cat([half, half.flip(0)]) for half in (mean, variance))
         else:
             mean, variance = mean.to(wide), variance.to(wide)
             z = F.batch_norm(rows, mean, variance, weight.to(wide), bias.to(wide), eps=eps)

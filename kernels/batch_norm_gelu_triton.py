@@ -89,17 +89,31 @@ def batch_norm_sums_kernel(
     tl.store(out + CHANNELS, tl.sum(squares, 0), mask=within)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
-def batch_norm_statistics_kernel(
-    shift, sums, mean, variance, rows, parts, channels, PARTS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Mean and variance from the programs' sums."""
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    within = channel < channels
+@triton.jit
+def _moments(shift, sums, rows, parts, channels, channel, within, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mean and variance of channels from the programs' sums."""
     difference = added_up(sums, parts, 2 * channels, channel, within, PARTS, COLUMNS) / rows
     squares = added_up(sums, parts, 2 * channels, channels + channel, within, PARTS, COLUMNS) / rows
-    tl.store(mean + channel, tl.load(shift + channel, mask=within, other=0.0) + difference, mask=within)
-    tl.store(variance + channel, tl.maximum(squares - difference * difference, 0.0), mask=within)
+    centre = tl.load(shift + channel, mask=within, other=0.0) + difference
+    return centre, tl.maximum(squares - difference * difference, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def batch_norm_statistics_kernel(
+    shift, sums, mean, variance, rows, parts, channels,
+    PAIRED: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance from the programs' sums, or those of a channel and its mirror image together."""
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    within = channel < channels
+    centre, spread = _moments(shift, sums, rows, parts, channels, channel, within, PARTS, COLUMNS)
+    if PAIRED:
+        mirrored = channels - 1 - channel
+        other, its_spread = _moments(shift, sums, rows, parts, channels, mirrored, within, PARTS, COLUMNS)
+        apart = 0.5 * (centre - other)
+        centre, spread = 0.5 * (centre + other), 0.5 * (spread + its_spread) + apart * apart
+    tl.store(mean + channel, centre, mask=within)
+    tl.store(variance + channel, spread, mask=within)
 
 
 @triton.jit
@@ -167,30 +181,50 @@ def batch_norm_gelu_sums_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def batch_norm_gelu_backward_kernel(
     x, dy, weight, bias, mean, variance, gradients, dx, rows, eps,
-    CHANNELS: tl.constexpr, OF_BATCH: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, OF_BATCH: tl.constexpr, PAIRED: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of ROWS positions; with statistics of the batch, also through these."""
     channel, within = _channels(CHANNELS, BLOCK_C)
     centre = tl.load(mean + channel, mask=within, other=0.0).to(tl.float32)
-    inverse, scale = _scale(weight, variance, eps, channel, within)
+    inverse, _ = _scale(weight, variance, eps, channel, within)
     factor = tl.load(weight + channel, mask=within, other=0.0).to(tl.float32)
     added = tl.load(bias + channel, mask=within, other=0.0).to(tl.float32)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = (row < rows)[:, None] & within[None, :]
     place = row[:, None] * CHANNELS + channel[None, :]
     normalised, dz = _dz(x, dy, place, present, centre, inverse, factor, added, PTX)
+    gradient = dz * factor[None, :]
     if OF_BATCH:
-        average = tl.load(gradients + channel, mask=within, other=0.0) / rows
-        slope = tl.load(gradients + CHANNELS + channel, mask=within, other=0.0) / rows
-        dz -= average[None, :] + normalised * slope[None, :]
-    tl.store(dx + place, (dz * scale[None, :]).to(dx.dtype.element_ty), mask=present)
+        average, slope = _averages(gradients, factor, rows, channel, within, CHANNELS)
+        if PAIRED:
+            mirrored = CHANNELS - 1 - channel
+            its_factor = tl.load(weight + mirrored, mask=within, other=0.0).to(tl.float32)
+            its_average, its_slope = _averages(gradients, its_factor, rows, mirrored, within, CHANNELS)
+            average, slope = 0.5 * (average + its_average), 0.5 * (slope + its_slope)
+        gradient -= average[None, :] + normalised * slope[None, :]
+    tl.store(dx + place, (gradient * inverse[None, :]).to(dx.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _averages(gradients, factor, rows, channel, within, CHANNELS: tl.constexpr):
+    """The averages of the normalised x's gradient, and of that times the normalised x."""
+    average = tl.load(gradients + channel, mask=within, other=0.0) * factor / rows
+    slope = tl.load(gradients + CHANNELS + channel, mask=within, other=0.0) * factor / rows
+    return average, slope
 
 
 def batch_norm_gelu_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_norm_gelu` of arguments that the caller has checked."""
-    y, of_batch, its_variance = _batch_norm_gelu(x, weight, bias, mean, variance, eps)
+    y, of_batch, its_variance = _batch_norm_gelu(x, weight, bias, mean, variance, eps, paired)
     if mean is None or variance is None:
         return y, of_batch, its_variance
     return y, mean.float(), variance.float()
@@ -214,7 +248,13 @@ class _Launch:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, launch = x.contiguous(), _Launch(x)
     y = torch.empty_like(x)
@@ -233,6 +273,7 @@ def _forward(
                 launch.rows,
                 launch.parts,
                 launch.channels,
+                PAIRED=paired,
                 PARTS=PARTS,
                 COLUMNS=COLUMNS,
             )
@@ -260,6 +301,7 @@ def _backward(
     variance: Tensor,
     of_batch: bool,
     eps: float,
+    paired: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx, and those of bias and weight (2, channels)."""
     x, dy, launch = x.contiguous(), dy.contiguous(), _Launch(x)
@@ -273,13 +315,19 @@ def _backward(
         gradients = add_parts(sums)
         batch_norm_gelu_backward_kernel[launch.programs, launch.columns](
             x, dy, weight, bias, mean, variance, gradients, dx, launch.rows, eps,
-            OF_BATCH=of_batch, PTX=PTX, **launch.tile,
+            OF_BATCH=of_batch, PAIRED=paired, PTX=PTX, **launch.tile,
         )  # fmt: skip
     return dx, gradients
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_batch = x.new_empty(x.shape[-1] if mean is None or variance is None else 0, dtype=torch.float32)
     return x.new_empty(x.shape), of_batch, torch.empty_like(of_batch)
@@ -294,12 +342,13 @@ def _backward_fake(
     variance: Tensor,
     of_batch: bool,
     eps: float,
+    paired: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((2, x.shape[-1]), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, mean, variance, ctx.eps = inputs
+    x, weight, bias, mean, variance, ctx.eps, ctx.paired = inputs
     ctx.of_batch = mean is None or variance is None
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(x, weight, bias, *(outputs[1:] if ctx.of_batch else (mean, variance)))
@@ -308,20 +357,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, variance = ctx.saved_tensors
     dx, (dbias, dweight) = torch.ops.genossm.batch_norm_gelu_backward(
-        dy, x, weight, bias, mean, variance, ctx.of_batch, ctx.eps
+        dy, x, weight, bias, mean, variance, ctx.of_batch, ctx.eps, ctx.paired
     )
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None, None
 
 
 define_operator(
-    "batch_norm_gelu(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? variance, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    "batch_norm_gelu(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? variance, float eps, "
+    "bool paired) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 define_operator(
     "batch_norm_gelu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
-    "bool of_batch, float eps) -> (Tensor, Tensor)",
+    "bool of_batch, float eps, bool paired) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -13,6 +13,11 @@ from genossm.models.stem import BatchNormGelu
 
 SHAPES = [((2, 24), 5), ((1, 3000), 70), ((7,), 700), ((1,), 3)]
 """positions, channels."""
+WAYS = [
+    *((*shape, way) for shape in SHAPES for way in ("given", "batch")),
+    *((*shape, "paired") for shape in SHAPES[1:3]),
+]
+"""Where the statistics come from: odd channels have no pairs."""
 
 
 def make(positions: tuple[int, ...], channels: int, *, given: bool, seed: int = 0) -> dict[str, Tensor]:
@@ -28,13 +33,18 @@ def make(positions: tuple[int, ...], channels: int, *, given: bool, seed: int = 
 
 
 def run(
-    inputs: dict[str, Tensor], backend: str, device: str, dtype: torch.dtype, factors: Tensor
+    inputs: dict[str, Tensor],
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    factors: Tensor,
+    paired: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name, in float64 on the CPU."""
     moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     leaves = [moved[name].requires_grad_() for name in ("x", "weight", "bias")]
     given = (moved["mean"], moved["variance"]) if "mean" in moved else None
-    y, mean, variance = batch_norm_gelu(*leaves, given, backend=backend)  # type: ignore[arg-type]
+    y, mean, variance = batch_norm_gelu(*leaves, given, paired=paired, backend=backend)  # type: ignore[arg-type]
     assert y.dtype == dtype and not mean.requires_grad and not variance.requires_grad
     gradients = torch.autograd.grad((y * factors.to(device, dtype)).sum(), leaves)
     found = {"y": y, "mean": mean, "variance": variance}
@@ -42,13 +52,14 @@ def run(
     return {name: tensor.detach().double().cpu() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize(("positions", "channels"), SHAPES)
-@pytest.mark.parametrize("given", [True, False])
-def test_torch_is_the_formula(positions: tuple[int, ...], channels: int, given: bool) -> None:
-    inputs = make(positions, channels, given=given)
+@pytest.mark.parametrize(("positions", "channels", "way"), WAYS)
+def test_torch_is_the_formula(positions: tuple[int, ...], channels: int, way: str) -> None:
+    inputs = make(positions, channels, given=way == "given")
     factors = torch.randn_like(inputs["x"])
     x, weight, bias = (inputs[name].clone().requires_grad_() for name in ("x", "weight", "bias"))
     rows = x.reshape(-1, channels)
+    if way == "paired":
+        rows = torch.cat([rows, rows.flip(1)])
     mean = inputs.get("mean", rows.mean(0))
     variance = inputs.get("variance", (rows - mean).square().mean(0))
     z = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
@@ -56,18 +67,17 @@ def test_torch_is_the_formula(positions: tuple[int, ...], channels: int, given: 
     expected = {"y": y, "mean": mean, "variance": variance}
     gradients = torch.autograd.grad((y * factors).sum(), [x, weight, bias])
     expected |= dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))
-    got = run(inputs, "torch", "cpu", torch.float64, factors)
+    got = run(inputs, "torch", "cpu", torch.float64, factors, way == "paired")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor.detach(), rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize(("positions", "channels"), SHAPES)
-@pytest.mark.parametrize("given", [True, False])
-def test_triton_equals_torch(positions: tuple[int, ...], channels: int, given: bool, device: str) -> None:
-    inputs = make(positions, channels, given=given, seed=1)
+@pytest.mark.parametrize(("positions", "channels", "way"), WAYS)
+def test_triton_equals_torch(positions: tuple[int, ...], channels: int, way: str, device: str) -> None:
+    inputs = make(positions, channels, given=way == "given", seed=1)
     factors = torch.randn_like(inputs["x"])
-    expected = run(inputs, "torch", "cpu", torch.float64, factors)
-    got = run(inputs, "triton", device, torch.float32, factors)
+    expected = run(inputs, "torch", "cpu", torch.float64, factors, way == "paired")
+    got = run(inputs, "triton", device, torch.float32, factors, way == "paired")
     for name, tensor in expected.items():
         size = float(tensor.abs().max())
         torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5 * max(1.0, size), msg=name)
@@ -120,3 +130,8 @@ def test_the_module_keeps_torchs_statistics() -> None:
 def test_what_does_not_fit_is_refused(arguments: tuple[Tensor, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         batch_norm_gelu(*arguments)  # type: ignore[arg-type]
+
+
+def test_odd_channels_have_no_pairs() -> None:
+    with pytest.raises(ValueError, match="x has 3 channels; an even number is needed"):
+        batch_norm_gelu(torch.ones(2, 3), torch.ones(3), torch.ones(3), paired=True)

@@ -211,15 +211,15 @@ class PairedBatchNorm(BatchNormGelu):
         super().__init__(channels // 2)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        if self.training:
-            first, last = x_BLC.chunk(2, 2)
-            first, last = super().forward(torch.cat([first, last.flip(2)])).chunk(2)
-            return torch.cat([first, last.flip(2)], 2)
-        stored = (self.running_mean, self.running_var, self.weight, self.bias)
-        mean, variance, weight, bias = (
-            torch.cat([half, half.flip(0)]) for half in stored if half is not None
-        )
-        return batch_norm_gelu(x_BLC, weight, bias, (mean, variance), eps=self.eps)[0]
+        assert self.running_mean is not None and self.running_var is not None
+        weight, bias = _both(self.weight), _both(self.bias)
+        if not self.training:
+            known = _both(self.running_mean), _both(self.running_var)
+            return batch_norm_gelu(x_BLC, weight, bias, known, eps=self.eps)[0]
+        y_BLC, mean, variance = batch_norm_gelu(x_BLC, weight, bias, eps=self.eps, paired=True)
+        half = self.num_features
+        self._track(mean[:half], variance[:half], x_BLC.numel() // half)
+        return y_BLC
 
 
 def _rules(module: nn.Module) -> dict[str, Rule]:
@@ -283,3 +283,8 @@ def _rules(module: nn.Module) -> dict[str, Rule]:
 def _rows(*blocks: int | Block) -> Rule:
     """Blocks along the first axis, by their sizes where they are turned round as they are."""
     return Rule(tuple(block if isinstance(block, Block) else Block((block,)) for block in blocks))
+
+
+def _both(half: Tensor) -> Tensor:
+    """What a channel has, for itself and its mirror image."""
+    return torch.cat([half, half.flip(0)])

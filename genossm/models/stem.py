@@ -206,14 +206,18 @@ class BatchNormGelu(nn.BatchNorm1d):
             known = self.running_mean, self.running_var
             return batch_norm_gelu(x_BLC, self.weight, self.bias, known, eps=self.eps)[0]
         y_BLC, mean, variance = batch_norm_gelu(x_BLC, self.weight, self.bias, eps=self.eps)
+        self._track(mean, variance, x_BLC.numel() // x_BLC.shape[-1])
+        return y_BLC
+
+    def _track(self, mean: Tensor, variance: Tensor, positions: int) -> None:
+        """Take a batch's statistics into the running ones."""
+        assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
-        positions = x_BLC.numel() // x_BLC.shape[-1]
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             unbiased = variance * (positions / max(1, positions - 1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return y_BLC
 
 
 class RMSNormGelu(RMSNorm):

@@ -86,18 +86,20 @@ def test_motif_conv_past_two_to_the_31() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("way", ["given", "batch", "paired"])
 @pytest.mark.parametrize(
-    ("rows", "channels"), [((2, 4099), 96), ((8, 1024), 512), ((3,), 1000), ((50_000,), 5)]
+    ("rows", "channels"), [((2, 4099), 96), ((8, 1024), 512), ((3,), 1000), ((50_000,), 6)]
 )
-def test_batch_norm_gelu(rows: tuple[int, ...], channels: int, given: bool, dtype: torch.dtype) -> None:
+def test_batch_norm_gelu(rows: tuple[int, ...], channels: int, way: str, dtype: torch.dtype) -> None:
     leaves = [normal(*rows, channels).to(dtype) * 2 + 1, normal(channels, seed=1), normal(channels, seed=2)]
-    known = (normal(channels, seed=3), normal(channels, seed=4).abs() + 0.5) if given else None
+    known = (normal(channels, seed=3), normal(channels, seed=4).abs() + 0.5) if way == "given" else None
     dy = normal(*rows, channels, seed=5).to(dtype)
 
     def run(backend: str, wide: bool) -> Run:
         statistics = (known[0].double(), known[1].double()) if wide and known else known
-        return lambda *leaves: batch_norm_gelu(*leaves, statistics, backend=backend)[0]  # type: ignore[arg-type]
+        return lambda *leaves: batch_norm_gelu(*leaves, statistics, paired=way == "paired", backend=backend)[
+            0
+        ]  # type: ignore[arg-type]
 
     found = results(run("triton", False), leaves, dy)
     truth = results(run("torch", True), [leaf.double() for leaf in leaves], dy.double())
