@@ -6,6 +6,8 @@ than running them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -66,12 +68,12 @@ class GraphedTraining:
             return
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         random = torch.cuda.get_rng_state(tokens.device)
-        # torch's own warm-up leaves its autograd graph alive, and then warns that its nodes are of another stream
-        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # torch >= 2.10
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        with _without_cast_cache(tokens.device), DEVICE_LOCK:
+        with _without_cast_cache(tokens.device), _unwarned(), DEVICE_LOCK:
             apart = _Apart(self._model)
             torch.cuda.make_graphed_callables(apart, (tokens.clone(),), num_warmup_iters=WARM_UP)
+        # The recorded outputs hold on to autograd's nodes that add up gradients, which belong to the stream of torch's warm-up
+        # and would allocate gradients there: whoever gets that stream next overwrote them while they were in use here.
+        apart.outputs.detach_()
         self._graphed = apart
         torch.cuda.set_rng_state(random, tokens.device)
         with torch.no_grad():  # the runs before the recording have moved the running statistics
@@ -82,12 +84,15 @@ class GraphedTraining:
 class _Apart(nn.Module):
     """The model as another module: of that, and not of the model, torch replaces `forward`."""
 
+    outputs: Tensor
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return cast("Tensor", self.model(tokens))
+        self.outputs = self.model(tokens).clone()  # a view could not be detached in place
+        return self.outputs
 
 
 class GraphedPrediction:
@@ -139,3 +144,18 @@ def _without_cast_cache(device: torch.device) -> torch.autocast:
         enabled=torch.is_autocast_enabled(device.type),
         cache_enabled=False,
     )
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's warning that its own warm-up and its recording are of two streams."""
+    switch = getattr(
+        torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None
+    )  # torch >= 2.10
+    if switch is not None:
+        switch(False)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch(True)

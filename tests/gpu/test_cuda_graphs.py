@@ -23,6 +23,8 @@ pytestmark = pytest.mark.gpu
 
 STEM = StemConfig(channels=(16, 32), pool=(2, 4), first_kernel=7, kernel=3)
 LENGTH = 2048
+FIRST_TEST = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+"""What autograd's thread says in a process whose first test this is."""
 
 
 def make(name: str, form: str = "augment", **options: object) -> AccessibilityModel:
@@ -83,6 +85,27 @@ def test_training_is_the_same(name: str, form: str) -> None:
             torch.testing.assert_close(weights(modules[0])[key], tensor, rtol=5e-2, atol=5e-2, msg=key)
 
 
+@FIRST_TEST
+def test_gradients_are_not_overwritten_by_other_streams() -> None:
+    """torch has 32 streams and hands them out again: memory of one must not be in use on another."""
+    model = make("mamba2").train()
+    run = GraphedTraining(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(0, 5, (2, LENGTH), dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        run(tokens).square().mean().backward()
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+        optimizer.step()
+        shapes = [parameter.shape for parameter in model.parameters()]
+        optimizer.zero_grad()
+        for _ in range(33):
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                found = [torch.full(shape, torch.nan, device="cuda") for shape in shapes]
+        del found
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@FIRST_TEST
 def test_dropout_follows_the_seed() -> None:
     model = make("mamba2", dropout=0.5).train()
     run = GraphedTraining(model)
