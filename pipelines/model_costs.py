@@ -67,7 +67,7 @@ class ModelInfo:
         receptive_field_bp: base pairs that an output may depend on; None where that is unlimited.
         strands: what `predict` gives, see `AccessibilityModel.strands`.
         length_bp, batch_size: what the costs are for.
-        precision: what training computes in on a GPU; prediction is counted in float32.
+        precision, prediction_precision: what training and prediction compute in on a GPU.
         forward_flops: of one forward pass of the batch.
         training_flops: of the forward and backward pass.
         prediction_flops: of `predict`, which runs both strands where it averages them.
@@ -85,6 +85,7 @@ class ModelInfo:
     length_bp: int
     batch_size: int
     precision: str
+    prediction_precision: str
     forward_flops: int | None = None
     training_flops: int | None = None
     prediction_flops: int | None = None
@@ -124,7 +125,7 @@ class ModelInfo:
                 lines.append(f"  {name:28}{flops / 1e9:>14,.1f} GFLOP  {flops / bases / 1e6:.3f} MFLOP/bp")
         for name, memory in (
             (f"training memory, {self.precision}", self.training),
-            ("prediction memory, float32", self.prediction),
+            (f"prediction memory, {self.prediction_precision}", self.prediction),
         ):
             if memory is not None:
                 lines.append(f"  {name:28}{memory.peak / 2**30:>14.3f} GiB    most in {memory.operator}")

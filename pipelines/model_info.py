@@ -28,6 +28,7 @@ from genossm.run_config import RunConfig, TrainConfig, load_run_config, shipped_
 LENGTH_BP = 131_072
 CPU = torch.device("cpu")
 Mode = Literal["train", "predict", "both"]
+PrecisionName = Literal["bf16", "float32"]
 
 
 def model_info(
@@ -38,6 +39,7 @@ def model_info(
     mode: Mode = "both",
     tracks: int = 1,
     overrides: Iterable[str] = (),
+    predict_in: PrecisionName = "bf16",
     measure: bool = False,
 ) -> ModelInfo:
     """Parameters, receptive field, FLOPs and memory of a configuration or a trained model; no GPU is needed.
@@ -53,6 +55,8 @@ def model_info(
         mode: `train`, `predict` or `both`.
         tracks: outputs of a configuration's model; a run knows its own.
         overrides: `a.b=value` settings on top of a configuration.
+        predict_in: what predictions are computed in, `bf16` (as `predict` does on CUDA unless told otherwise) or `float32`;
+            the configuration's train.precision says what training is in.
         measure: also run real steps on the first CUDA device, and compare.
 
     Raises:
@@ -69,7 +73,7 @@ def model_info(
     train = replace(
         config.train, batch_size=batch_size, windows_per_epoch=None, track_weights={}, compile=False
     )
-    job = _Job(replace(config, train=train), heads, length_bp)
+    job = _Job(replace(config, train=train), heads, length_bp, predict_in)
     trunk_bp = config.model.encoder.stem.bin_bp
     if length_bp < 1 or length_bp % trunk_bp:
         raise ConfigError(
@@ -88,6 +92,7 @@ def model_info(
         length_bp=length_bp,
         batch_size=batch_size,
         precision=_precision(train),
+        prediction_precision=predict_in,
     )
     if mode != "predict":
         info = replace(info, **_rehearsed_training(job))
@@ -103,6 +108,7 @@ class _Job:
     config: RunConfig
     heads: tuple[TrackHead, ...]
     length_bp: int
+    predict_in: PrecisionName
 
     def model(self) -> AccessibilityModel:
         return AccessibilityModel(self.config.model, self.heads, window_bp=self.length_bp, margin_bp=0)
@@ -155,7 +161,7 @@ def _parts(model: AccessibilityModel) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
-def _precision(config: TrainConfig) -> Literal["bf16", "float32"]:
+def _precision(config: TrainConfig) -> PrecisionName:
     """What a GPU computes in."""
     return "float32" if config.precision == "float32" else "bf16"
 
@@ -210,13 +216,12 @@ def _rehearsed_training(job: _Job) -> dict[str, Any]:
 
 
 def _rehearsed_prediction(job: _Job) -> dict[str, Any]:
-    """FLOPs and memory of `AccessibilityModel.predict`, in float32."""
+    """FLOPs and memory of `AccessibilityModel.predict`."""
     with Rehearsal() as rehearsal:
         model = job.model().eval()
         weights = rehearsal.allocated
         rehearsal.forget_peak()
-        with torch.inference_mode():
-            model.predict(job.tokens(CPU))
+        _predict(job, model, CPU)
         memory = PredictionMemory(
             weights=weights,
             temporary=rehearsal.peak - weights,
@@ -235,7 +240,7 @@ def _allocated(tensors: Iterable[Tensor]) -> int:
 def _measured(job: _Job, info: ModelInfo, device: torch.device) -> Measured:
     """Real steps on a CUDA device beside the estimates."""
     try:
-        prediction = None if info.prediction is None else _peak(device, lambda: _predict(job, device))
+        prediction = None if info.prediction is None else _peak(device, lambda: _predicted(job, device))
         training = None if info.training is None else _peak(device, lambda: _train(job, device))
     except torch.OutOfMemoryError as error:
         raise DeviceError(
@@ -283,8 +288,16 @@ def _train(job: _Job, device: torch.device) -> None:
         module.update_average()
 
 
-def _predict(job: _Job, device: torch.device) -> None:
+def _predicted(job: _Job, device: torch.device) -> None:
     model = job.model().to(device).eval()
-    with torch.inference_mode():
-        for _ in range(2):
-            model.predict(job.tokens(device))
+    for _ in range(2):
+        _predict(job, model, device)
+
+
+def _predict(job: _Job, model: AccessibilityModel, device: torch.device) -> None:
+    """A batch as `predict` computes it: casts of weights are not kept, as a CUDA graph could not hold them."""
+    narrow = torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=job.predict_in == "bf16", cache_enabled=False
+    )
+    with torch.inference_mode(), narrow:
+        model.predict(job.tokens(device))

@@ -35,9 +35,10 @@ def test_the_text_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_mode_leaves_the_other_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "tiny", *SMALL, "--mode", "predict"]) == 0
-    text = capsys.readouterr().out
-    assert "prediction memory, float32" in text and "training" not in text
+    for asked, told in (((), "bf16"), (("--predict-in", "float32"), "float32")):
+        assert main(["info", "tiny", *SMALL, "--mode", "predict", *asked]) == 0
+        text = capsys.readouterr().out
+        assert f"prediction memory, {told}" in text and "training" not in text
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,13 @@ from genossm.cli.options import set_option
 )
 @set_option(help="Replace a key of CONFIG, for example model.encoder.width=512; may be given often.")
 @click.option(
+    "--predict-in",
+    type=click.Choice(["bf16", "float32"]),
+    default="bf16",
+    show_default=True,
+    help="What predictions are computed in.",
+)
+@click.option(
     "--measure", is_flag=True, help="Also run real steps on a GPU, and print what memory they took."
 )
 def command(
@@ -54,14 +61,16 @@ def command(
     mode: Literal["train", "predict", "both"],
     tracks: int,
     overrides: tuple[str, ...],
+    predict_in: Literal["bf16", "float32"],
     measure: bool,
 ) -> None:
     """Tell a model's parameters, receptive field, FLOPs and memory.
 
     CONFIG is a YAML file or the name of a shipped configuration, RUN a folder that `genossm train` wrote. FLOPs
     and memory are those of an H100 and the same on every machine; no GPU is needed, but for --measure. Training is
-    one step with bfloat16 autocast, AdamW and the running average; prediction is in float32, as `genossm predict`.
-    Memory is the peak of what PyTorch allocates; the CUDA context takes about 0.5 GiB more.
+    one step with bfloat16 autocast, AdamW and the running average; prediction too is in bfloat16, as `genossm predict`
+    is on a GPU unless told otherwise. Memory is the peak of what PyTorch allocates, without CUDA graphs; the CUDA context
+    takes about 0.5 GiB more.
     """
     from genossm.pipelines.model_info import model_info
 
@@ -72,6 +81,7 @@ def command(
         mode=mode,
         tracks=tracks,
         overrides=overrides,
+        predict_in=predict_in,
         measure=measure,
     )
     show(info.to_mapping(), info.text())

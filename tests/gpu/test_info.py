@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from genossm.pipelines.model_info import model_info
+from genossm.pipelines.model_info import PrecisionName, model_info
 
 pytestmark = pytest.mark.gpu
 
@@ -13,6 +13,10 @@ CASES = {
     "base-resolution": (32_768, 2),
     "yeast-100kb": (131_072, 4),
     "hybrid": (131_072, 4),
+    "yeast-parity": (131_072, 4),
+    "yeast-cpu": (131_072, 4),
+    "demo": (131_072, 4),
+    "tiny": (131_072, 4),
     **{
         f"yeast-{mixer}": (131_072, 4)
         for mixer in ("attention", "conv", "h3", "hydra", "hyena", "lstm", "mamba", "mamba3", "s4", "s4d")
@@ -21,11 +25,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"),
+    ("name", "overrides", "predict_in"),
     [
-        *((name, ()) for name in CASES),
+        *((name, (), "bf16") for name in CASES),
+        ("accessibility-100kb", (), "float32"),
         *(
-            ("yeast-100kb", (option,))
+            ("yeast-100kb", (option,), "float32")
             for option in (
                 "model.encoder.checkpoint=true",
                 "model.reverse_complement=shared",
@@ -34,10 +39,18 @@ CASES = {
         ),
     ],
 )
-def test_the_estimate_is_near_what_is_taken(name: str, overrides: tuple[str, ...]) -> None:
+def test_the_estimate_is_near_what_is_taken(
+    name: str, overrides: tuple[str, ...], predict_in: PrecisionName
+) -> None:
     length_bp, batch_size = CASES[name]
     info = model_info(
-        name, length_bp=length_bp, batch_size=batch_size, tracks=4, overrides=overrides, measure=True
+        name,
+        length_bp=length_bp,
+        batch_size=batch_size,
+        tracks=4,
+        overrides=overrides,
+        predict_in=predict_in,
+        measure=True,
     )
     assert info.measured is not None
     assert info.measured.training_ratio == pytest.approx(1, abs=0.15), info.text()
