@@ -14,11 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -150,24 +150,28 @@ class Rival:
 
 
 def rivals(like: RunConfig) -> list[Rival]:
-    """The Transformer beside a Mamba-2 encoder, and the two passes beside the same that reads both strands."""
+    """The Transformer beside a Mamba-2 encoder, and beside the same that reads both strands tied weights and two passes."""
     ours = sized_like(like, "mamba2")
-    shared = _with_both_strands(ours)
+    shared = _symmetric(ours, "shared")
     tied = replace(ours.model.encoder, bidirectional="tied", conv_width=4)
     # causal-conv1d takes filters of 2 to 4 positions; 4 is Caduceus' and Mamba-2's
-    passes = _with_both_strands(replace(ours, model=replace(ours.model, encoder=tied)))
+    passes = _symmetric(replace(ours, model=replace(ours.model, encoder=tied)), "shared")
     one, both = "mamba2", "mamba2, shared strands"
+    parity = []
+    with suppress(ValueError):  # where the weights cannot be tied, as with an even filter
+        parity = [Rival("mamba2, tied weights (parity)", _symmetric(ours, "parity"), beside=both)]
     return [
         Rival(one, ours),
         Rival("Transformer", sized_like(like, "attention", window=None), beside=one),
         Rival(both, shared, beside=one),
+        *parity,
         Rival("mamba2, two passes + flips, shared strands", passes, "ours", both),
         Rival("the same with mamba-ssm's kernels", passes, "mamba-ssm", both),
     ]
 
 
-def _with_both_strands(config: RunConfig) -> RunConfig:
-    return replace(config, model=replace(config.model, reverse_complement="shared"))
+def _symmetric(config: RunConfig, form: Literal["shared", "parity"]) -> RunConfig:
+    return replace(config, model=replace(config.model, reverse_complement=form))
 
 
 # Equality: our one-pass forms against two scans and flips, with the same parameters.

@@ -155,6 +155,7 @@ def test_the_whole_run(plan: Plan, tiny: str) -> None:
         ("rival", "mamba2"),
         ("rival", "Transformer"),
         ("rival", "mamba2, shared strands"),
+        ("rival", "mamba2, tied weights (parity)"),
         ("rival", "mamba2, two passes + flips, shared strands"),
         ("rival", "the same with mamba-ssm's kernels"),
     ]
@@ -167,15 +168,16 @@ def test_the_whole_run(plan: Plan, tiny: str) -> None:
     by_name = {row.name: row for row in result.rows}
     assert (by_name["conv"].training.strands, by_name["conv"].inference.strands) == (1, 2)
     assert by_name["mamba2, shared strands"].training.strands == 2
+    assert by_name["mamba2, tied weights (parity)"].inference.strands == 1
     assert (by_name["mamba2"].trunk_bp, by_name["mamba2"].bin_bp) == (8, 8)
     # The same encoder is measured once.
     assert by_name["mamba2"].training == by_name[tiny].training
     assert result.precision == "float32" and set(result.versions) > {"torch", "peer mamba_ssm"}
     assert len(result.checks) == 3 and all(error < 1e-5 for error in result.checks.values())
 
-    assert seen == sorted(seen) and {rows for rows, _ in seen} == set(range(1, 9))
+    assert seen == sorted(seen) and {rows for rows, _ in seen} == set(range(1, 10))
     assert [growth.name for growth in result.growth[::2]] == [
-        *("mamba2", "conv", "Transformer", "mamba2, shared strands"),
+        *("mamba2", "conv", "Transformer", "mamba2, shared strands", "mamba2, tied weights (parity)"),
         *("mamba2, two passes + flips, shared strands", tiny),
     ]
     for growth in result.growth:
@@ -200,7 +202,7 @@ def test_all_shipped_configurations_and_all_mixers_by_default() -> None:
     names = {case.name for case in cases if case.group == "configuration"}
     assert {"accessibility-100kb", "base-resolution", "hybrid", "yeast-100kb"} <= names
     assert tuple(case.name for case in cases if case.group == "mixer") == MIXERS
-    assert [case.passes for case in cases if case.group == "rival"] == ["", "", "", "ours", "mamba-ssm"]
+    assert [case.passes for case in cases if case.group == "rival"] == ["", "", "", "", "ours", "mamba-ssm"]
     batches = {case.name: case.config.train.batch_size for case in cases}
     assert batches["accessibility-100kb"] == batches["lstm"] == batches["Transformer"] == 8
     few = find_cases(replace(Plan(), configs=("tiny",)), ("lstm",), 5, False)
@@ -292,18 +294,24 @@ def test_sizing_keeps_what_already_is_so() -> None:
 def test_the_rivals_are_alike_but_in_what_is_compared() -> None:
     like = load_run_config("accessibility-100kb")
     found = {rival.name: rival for rival in rivals(like)}
-    ours, transformer, shared, passes, theirs = found.values()
+    ours, transformer, shared, parity, passes, theirs = found.values()
     assert ours.config is like
     encoder = transformer.config.model.encoder
     assert encoder.window is None and encoder.mlp_ratio > 0 and set(encoder.pattern) == {"attention"}
     assert {mixer.window for mixer in Encoder(encoder).mixers()} == {None}  # type: ignore[union-attr]
     assert layer_parameters(encoder) == pytest.approx(layer_parameters(like.model.encoder), rel=0.01)
     assert shared.config.model.reverse_complement == passes.config.model.reverse_complement == "shared"
+    assert parity.config.model == replace(like.model, reverse_complement="parity")
     assert layer_parameters(passes.config.model.encoder) == pytest.approx(
         layer_parameters(like.model.encoder), rel=0.02
     )
     assert passes.config == theirs.config and (passes.passes, theirs.passes) == ("ours", "mamba-ssm")
     assert all(rival.beside is None or rival.beside in found for rival in found.values())
+
+
+def test_weights_that_cannot_be_tied_are_no_rival() -> None:
+    like = load_run_config("accessibility-100kb", ["model.encoder.conv_width=4"])  # not centred
+    assert not [rival for rival in rivals(like) if "parity" in rival.name]
 
 
 # Two passes and flips.

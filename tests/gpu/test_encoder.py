@@ -15,6 +15,7 @@ from genossm.models.accessibility import AccessibilityModel, ModelConfig, revers
 from genossm.models.decoder import DecoderConfig
 from genossm.models.encoder import Encoder, EncoderConfig, MixerName
 from genossm.models.heads import TrackHead
+from genossm.models.parity import TIED
 from genossm.models.stem import StemConfig
 
 pytestmark = pytest.mark.gpu
@@ -131,21 +132,18 @@ def test_float32_gives_what_the_cpu_gives_in_float64(case: str) -> None:
 def test_bfloat16_is_near_float64(case: str) -> None:
     encoder = small(stem=SMOOTH, **MIXERS[case]).to(DEVICE)
     expected = run(small(stem=SMOOTH, **MIXERS[case]).double())
-    assert_close(run(encoder, through=in_bfloat16(encoder)), expected, features=2e-2, gradients=1e-1)
+    assert_close(run(encoder, through=in_bfloat16(encoder)), expected, features=2e-2, gradients=5e-2)
 
 
-@pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("norm", ["batch", "rms"])
-def test_outputs_of_shared_strands_are_those_of_the_reverse_complement(norm: str) -> None:
-    tracks = [
-        TrackHead("plus", "signal", "poisson", "sum", mean=2.0, strand="+", partner="minus"),
-        TrackHead("peaks", "peaks", "bce"),
-        TrackHead("minus", "signal", "poisson", "sum", mean=2.0, strand="-", partner="plus"),
-    ]
-    encoder = small(pattern=get_args(MixerName), stem=dataclasses.replace(STEM, norm=norm))
-    config = ModelConfig(encoder.config, head_hidden=32, reverse_complement="shared")
-    model = AccessibilityModel(config, tracks, window_bp=BINS * 8, margin_bp=0)
-    model.encoder = encoder
+STRANDED = [
+    TrackHead("plus", "signal", "poisson", "sum", mean=2.0, strand="+", partner="minus"),
+    TrackHead("peaks", "peaks", "bce"),
+    TrackHead("minus", "signal", "poisson", "sum", mean=2.0, strand="-", partner="plus"),
+]
+
+
+def assert_equivariant(model: AccessibilityModel) -> None:
+    """Outputs of the reverse complement are those of the sequence, turned round and with partners exchanged."""
     with torch.no_grad():
         model.heads.output.weight.mul_(20)
     model.to(DEVICE).eval()
@@ -155,6 +153,32 @@ def test_outputs_of_shared_strands_are_those_of_the_reverse_complement(norm: str
             here, there = outputs(tokens), outputs(reverse_complement(tokens))
         assert here.std() > 0.01 and (here[..., 0] - here[..., 2]).std() > 0.01
         torch.testing.assert_close(model.heads.other_strand(there), here, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("norm", ["batch", "rms"])
+def test_outputs_of_shared_strands_are_those_of_the_reverse_complement(norm: str) -> None:
+    encoder = small(pattern=get_args(MixerName), stem=dataclasses.replace(STEM, norm=norm))
+    config = ModelConfig(encoder.config, head_hidden=32, reverse_complement="shared")
+    model = AccessibilityModel(config, STRANDED, window_bp=BINS * 8, margin_bp=0)
+    model.encoder = encoder
+    assert_equivariant(model)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("norm", ["batch", "rms"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_outputs_of_tied_weights_are_those_of_the_reverse_complement(norm: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    encoder = EncoderConfig(**{**SIZES, "pattern": TIED, "stem": dataclasses.replace(STEM, norm=norm)})
+    config = ModelConfig(encoder, head_hidden=32, reverse_complement="parity")
+    model = AccessibilityModel(config, STRANDED, window_bp=BINS * 8, margin_bp=0).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for seed in range(3 if trained else 0):
+        optimizer.zero_grad()
+        model(random_tokens(2, BINS * 8, seed=seed).to(DEVICE)).square().mean().backward()
+        optimizer.step()
+    assert_equivariant(model)
 
 
 @pytest.mark.usefixtures("exact")
