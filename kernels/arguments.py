@@ -14,6 +14,9 @@ States = Tensor | tuple[Tensor, Tensor]
 Pair = tuple[Tensor | None, Tensor | None]
 """One tensor for each direction, (forward, reverse)."""
 
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
+
 SOFTPLUS_LINEAR_ABOVE = 40.0
 """softplus(t) = t above this, exact in float64; torch's own 20 would leave 1e-10."""
 
@@ -32,10 +35,20 @@ def check_shape(name: str, tensor: Tensor, allowed: Sequence[tuple[int, ...]]) -
         )
 
 
-def check_real(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError unless the tensor is of a real floating-point dtype."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+def check_real(name: str, tensor: Tensor, *, or_complex: bool = False) -> None:
+    """Raise a ValueError unless the tensor is of a real (or complex) floating-point dtype that torch calculates in."""
+    if tensor.dtype not in REAL and not (or_complex and tensor.dtype in COMPLEX):
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed: float64, float32, bfloat16"
+            f"{', float16, complex64 or complex128' if or_complex else ' or float16'}"
+        )
+
+
+def check_filled(name: str, tensor: Tensor, *axes: str) -> None:
+    """Raise a ValueError unless the tensor has these axes, and at least one element along each."""
+    if tensor.dim() != len(axes) or 0 in tensor.shape:
+        needed = ", ".join(f"{axis} >= 1" for axis in axes)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; ({needed}) is needed")
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from genossm.kernels.arguments import (
     by_direction,
     check_devices,
     check_direction,
+    check_filled,
     check_real,
     check_shape,
     final_states,
@@ -72,6 +73,8 @@ def selective_scan(
         direction: `forward`, `reverse` or `both`.
         backend: `triton` (CUDA, real A, up to 256 states), `torch` (any device, many lanes of the sequence at once),
             `reference` (step by step, slow), or `auto`: Triton where it can compute the call on a CUDA device, else torch.
+            On CUDA `torch` multiplies float32 as torch.backends.cuda.matmul.fp32_precision says: in TF32 where you have
+            set that; `triton` never does. Only `reference` has second derivatives.
         cu_seqlens: (sequences + 1,) int32 or int64, for several sequences one after another in a batch of 1: 0, the
             ends of all but the last, length. Each is scanned by itself, in both directions, and states are
             (sequences, channels, state).
@@ -88,12 +91,15 @@ def selective_scan(
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, x.shape[0], x.shape[1])
     sequences = x.shape[0] if bounds is None else len(bounds)
     starts = state_pair(initial_state, direction, (sequences, x.shape[2], A.shape[1]))
-    if not A.is_complex() and any(start is not None and start.is_complex() for start in starts):
-        raise ValueError("initial_state is complex and A is real; give a complex A, or a real initial_state")
-
     check_devices(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     for start in starts:
         check_devices(x, initial_state=start)
+        if start is not None:
+            check_real("initial_state", start, or_complex=True)
+            if start.is_complex() and not A.is_complex():
+                raise ValueError(
+                    "initial_state is complex and A is real; give a complex A, or a real initial_state"
+                )
     chosen = choose_backend(backend, x, _unfit(A))
     if chosen == "triton":
         from genossm.kernels.selective_scan_triton import selective_scan_triton
@@ -199,14 +205,15 @@ def _check(
     direction: str,
 ) -> None:
     check_direction(direction)
-    if x.dim() != 3 or x.shape[1] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; (batch, length >= 1, channels) is needed")
+    check_filled("x", x, "batch", "length", "channels")
     for name, tensor in (("x", x), ("dt", dt), ("D", D), ("z", z), ("dt_bias", dt_bias)):
         if tensor is not None:
             check_real(name, tensor)
-    if A.dim() < 2:
-        raise ValueError(f"A has shape {tuple(A.shape)}; (channels, state) is needed")
+    if A.dim() < 2 or A.shape[1] < 1:
+        raise ValueError(f"A has shape {tuple(A.shape)}; (channels, state >= 1) is needed")
+    check_real("A", A, or_complex=True)
     for name, tensor in (("B", B), ("C", C)):
+        check_real(name, tensor, or_complex=True)
         if tensor.is_complex() and not A.is_complex():
             raise ValueError(f"{name} is complex and A is real; give a complex A, or a real {name}")
     batch, length, channels = x.shape

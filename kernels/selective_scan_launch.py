@@ -167,7 +167,7 @@ def _backward(dy: Tensor | None, dfinal: Tensor | None, *inputs: Any, plain: boo
         HAS_D=D is not None,
         **options,
     )
-    by_states = dBC.sum(-2)
+    by_B, by_C = (part.sum(-2) for part in dBC)
     dA = states[:own].sum((1, 2)).permute(2, 1, 0)
     by_channels = sums.sum((1, 2))
 
@@ -177,22 +177,25 @@ def _backward(dy: Tensor | None, dfinal: Tensor | None, *inputs: Any, plain: boo
             gradient = gradient.sum(-1) if own == 2 else gradient[..., 0]
         return gradient.to(like.dtype).contiguous()
 
-    none = dx.new_empty(0)
+    def none() -> Tensor:
+        return dx.new_empty(0)
+
+    # An operator may not give the same memory twice, not even an empty tensor.
     gradients = [
         dx,
         ddt.sum(-1).to(dt.dtype) if summed_dt else ddt,
         fitted(dA, A, 2),
-        fitted(by_states[0].movedim(0, -1), call.B, 3),
-        fitted(by_states[1].movedim(0, -1), call.C, 3),
-        none if D is None else by_channels[own].to(D.dtype),
-        none if z is None else dz,
-        none if bias is None else fitted(by_channels[:own].t(), bias, 1),
-        none,
-        none,
+        fitted(by_B.movedim(0, -1), call.B, 3),
+        fitted(by_C.movedim(0, -1), call.C, 3),
+        none() if D is None else by_channels[own].to(D.dtype, copy=True),
+        none() if z is None else dz,
+        none() if bias is None else fitted(by_channels[:own].t(), bias, 1),
+        none(),
+        none(),
     ]
     for slot, start in enumerate(call.starts, call.first):
         if start is not None:
-            gradients[8 + slot] = ends[call.directions + slot - call.first].to(start.dtype)
+            gradients[8 + slot] = ends[call.directions + slot - call.first].to(start.dtype, copy=True)
     return gradients
 
 

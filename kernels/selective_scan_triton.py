@@ -64,8 +64,12 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(dy: Tensor | None, dfinal: Tensor | None, *inputs: Any) -> list[Tensor]:
-    x = inputs[0]
-    return [x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs[:10]]
+    x, direction = inputs[0], inputs[13]
+    unused = {"forward": 9, "reverse": 8}.get(direction)
+    return [
+        x.new_empty(0) if tensor is None or place == unused else tensor.new_empty(tensor.shape)
+        for place, tensor in enumerate(inputs[:10])
+    ]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genossm.kernels.arguments import accumulation, check_devices
+from genossm.kernels.arguments import accumulation, check_devices, check_real
 from genossm.kernels.backend import Backend, choose_backend
 from genossm.kernels.short_conv_torch import convolve_reference, convolve_torch, padded
 
@@ -96,7 +96,8 @@ def short_conv(
         return_final_state: also return what the next piece of a sequence needs as its initial_state: the last
             (causal) or first (reverse) width - 1 inputs; a pair for `both`; not for `centered`.
         backend: `triton` (CUDA; width of at most 8), `torch`, `reference` (sums written out, in x's dtype), or
-            `auto` (triton on CUDA where it can, else torch).
+            `auto` (triton on CUDA where it can, else torch). On CUDA `torch` convolves float32 as
+            torch.backends.cudnn.conv.fp32_precision says, which may be in TF32; `triton` never does.
 
     Returns:
         (batch, length, channels) in x's dtype, for `both` the pair (causal, reverse); with `return_final_state`, the
@@ -156,16 +157,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     if padding not in ("causal", "reverse", "centered", "both"):
         raise ValueError(f"padding is {padding!r}; allowed are 'causal', 'reverse', 'centered' and 'both'")
     both = padding == "both"
-    channels = x.shape[-1]
+    channels = x.shape[-1] if x.dim() else 0
     if (
         x.dim() != 3
         or x.shape[1] < 1
+        or channels < 1
         or not (weight.dim() == 2 or (both and weight.dim() == 3 and weight.shape[0] == 2))
         or weight.shape[-2] != channels
         or weight.shape[-1] < 1
     ):
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; (batch, length >= 1, channels) and "
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; (batch, length >= 1, channels >= 1) and "
             f"(channels, width) are needed{', or (2, channels, width)' if both else ''}"
         )
     if bias is not None and tuple(bias.shape) not in (
@@ -175,8 +177,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
             f"bias has shape {tuple(bias.shape)}; {(channels,)} is needed{f', or {(2, channels)}' if both else ''}"
         )
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+        if tensor is not None:
+            check_real(name, tensor)
     check_devices(x, weight=weight, bias=bias)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; allowed are 'silu' and None")
@@ -203,8 +205,10 @@ def _states(
         pair = (states, None) if padding == "causal" else (None, states)
     shape = (x.shape[0], width - 1, x.shape[2])
     for state in pair:
-        if state is not None and tuple(state.shape) != shape:
-            raise ValueError(f"initial_state has shape {tuple(state.shape)}; {shape} is needed")
+        if state is not None:
+            check_real("initial_state", state)
+            if tuple(state.shape) != shape:
+                raise ValueError(f"initial_state has shape {tuple(state.shape)}; {shape} is needed")
         check_devices(x, initial_state=state)
     left, right = pair
     return None if left is None else left.to(x.dtype), None if right is None else right.to(x.dtype)

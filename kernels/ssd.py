@@ -13,6 +13,7 @@ from genossm.kernels.arguments import (
     by_direction,
     check_devices,
     check_direction,
+    check_filled,
     check_real,
     check_shape,
     final_states,
@@ -66,8 +67,11 @@ def ssd(
             float64 inputs).
         direction: `forward`, `reverse` or `both`.
         chunk_size: positions of a chunk; None takes what is fast on the device. `triton` takes 64, 128 or 256.
-        backend: `triton` (CUDA; float32, bfloat16 or float16; head_dim up to 128, state up to 256), `torch` (chunked
-            matmul form, any device), `reference` (step by step, slow), or `auto`: triton for what it takes, else torch.
+        backend: `triton` (CUDA; float32, bfloat16 or float16; head_dim up to 128, state up to 256, and, each rounded up
+            to a power of two, a product up to 16,384), `torch` (chunked matmul form, any device), `reference` (step by
+            step, slow), or `auto`: triton for what it takes, else torch. On CUDA `torch` multiplies float32 as
+            torch.backends.cuda.matmul.fp32_precision says: in float32 by default, in TF32 where you have set that;
+            `triton` keeps float32's accuracy either way. Only `torch` and `reference` have second derivatives.
         z: shaped like x, the gate, or None.
         dt_bias: (heads,) or None; for `both` also (heads, 2).
         dt_softplus: whether dt + dt_bias goes through softplus.
@@ -88,6 +92,8 @@ def ssd(
     check_devices(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     for start in starts:
         check_devices(x, initial_state=start)
+        if start is not None:
+            check_real("initial_state", start)
     chosen = choose_backend(backend, x, _unfit_for_triton(x, B, chunk_size))
     if chosen == "triton":
         from genossm.kernels.ssd_triton import ssd_scan
@@ -218,8 +224,7 @@ def _check(
     check_direction(direction)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; give a whole number of at least 1, or None")
-    if x.dim() != 4 or x.shape[1] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; (batch, length >= 1, heads, head_dim) is needed")
+    check_filled("x", x, "batch", "length", "heads", "head_dim")
     for name, tensor in (
         ("x", x),
         ("dt", dt),
@@ -234,8 +239,9 @@ def _check(
             check_real(name, tensor)
     batch, length, heads, head_dim = x.shape
     both = direction == "both"
-    groups, state = (B.shape[2], B.shape[3]) if B.dim() == 4 else (0, 0)
-    if groups == 0 or heads % groups:
+    check_filled("B", B, "batch", "length", "groups", "state")
+    groups, state = B.shape[2:]
+    if heads % groups:
         raise ValueError(
             f"B has shape {tuple(B.shape)}; (batch, length, groups, state) is needed, groups dividing the {heads} heads"
         )

@@ -152,14 +152,8 @@ class _OneByOne(torch.autograd.Function):
         decay, before = ctx.saved_tensors
         with_initial, counts, reverse = ctx.options
         of_before, of_final = gradients
-        of_states = torch.empty_like(before)
-        of_initial = torch.empty_like(of_final)
-        for sequence, order in _orders(before.shape[1], counts, reverse):
-            of_states[:, order[-1]] = of_final[sequence]
-            backwards = order[::-1]
-            preceding = [*(of_states[:, chunk] for chunk in backwards[1:]), of_initial[sequence]]
-            for chunk, earlier in zip(backwards, preceding, strict=True):
-                torch.addcmul(of_before[:, chunk], decay[:, chunk], of_states[:, chunk], out=earlier)
+        # the same, the other way; so it has a gradient of its own
+        of_states, of_initial = _OneByOne.apply(of_before, decay, of_final, counts, not reverse)  # type: ignore[no-untyped-call]
         of_decay = (of_states * before).sum((3, 5), keepdim=True)
         return of_states, of_decay, of_initial if with_initial else None, None, None
 

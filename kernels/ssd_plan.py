@@ -29,6 +29,8 @@ Strides = tuple[int, ...]
 class SsdPlan:
     """Sizes, and the launches made of them; holds no tensor.
 
+    One plan serves calls whose every tensor, also those that only a launch sees, has the same `signature`.
+
     What is of the reverse direction comes after what is of the forward one in every buffer, where both are run.
     "Adjoint" is the scan of dy with B and C changed for each other, which runs the other way.
     """

@@ -78,12 +78,18 @@ def _choose(size: int, P: int, N: int, budget: int, chunk: int | None) -> Tiles 
     def output(positions: int, stages: int) -> int:
         return stages * (positions * P + 2 * P * N) * size + positions // 2 * N * size + RESERVED
 
+    def least() -> int:
+        # The estimate is generous: compiled for sm_86 and sm_80, chunks of 64 take 66 KiB at the most of the four kernels
+        # where head_dim and state are 128 (float32; 48 in 16 bits), 41 where they are 64 and 128.
+        return (P * N + CHUNKS[0] // 2 * (P + N)) * size + RESERVED
+
     def keys(rows: int, stages: int) -> int:
         return max(stages * (rows * rows + rows * N), stages * (rows * P + P * N)) * size + RESERVED
 
     for positions in (chunk,) if chunk else ((256, 128, 64) if size == 2 else (128, 64)):
         for stages in (3, 2, 1) if size == 2 else (1,):
-            if output(positions, stages) > budget:
+            smallest = positions == CHUNKS[0] and stages == 1
+            if output(positions, stages) > budget and not (smallest and least() <= budget):
                 continue
             half = positions // 2
             warps = 8 if half >= 64 and (half > 64 or size == 4) else 4

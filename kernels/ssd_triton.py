@@ -65,10 +65,17 @@ def _aligned(tensor: Tensor, chunk: int) -> Tensor:
 
 def _prepared(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dy: Tensor | None,
-    spans: Tensor | None, firsts: Tensor | None, direction: int, softplus: bool, chunk: int,
+    spans: Tensor | None, firsts: Tensor | None, direction: int, softplus: bool, chunk: int, *others: Tensor | None,
 ) -> SsdLaunches:  # fmt: skip
+    """The plan for these tensors; `others` are those of the call that its launches are given later, as they will be."""
     x, B, C = (_aligned(tensor, chunk) for tensor in (x, B, C))
-    key = (signature(x, dt, A, B, C, dt_bias, dy, spans, firsts), x.device, direction, softplus, chunk)
+    key = (
+        signature(x, dt, A, B, C, dt_bias, dy, spans, firsts, *others),
+        x.device,
+        direction,
+        softplus,
+        chunk,
+    )
 
     def make() -> SsdPlan:
         tiles = tiles_for(x.dtype, x.shape[3], B.shape[3], shared_memory(x.device), chunk)
@@ -89,9 +96,12 @@ def _forward(
     direction: int, softplus: bool, chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on_device(x):
-        scan = _prepared(x, dt, A, B, C, dt_bias, None, spans, firsts, direction, softplus, chunk)
-        carry, final = scan.carried(scan.x, scan.B, contiguous(initial), adjoint=False)
-        return scan.output(contiguous(D), None if z is None else _aligned(z, chunk), carry), final
+        skip, gate, initial = contiguous(D), None if z is None else _aligned(z, chunk), contiguous(initial)
+        scan = _prepared(
+            x, dt, A, B, C, dt_bias, None, spans, firsts, direction, softplus, chunk, skip, gate, initial
+        )
+        carry, final = scan.carried(scan.x, scan.B, initial, adjoint=False)
+        return scan.output(skip, gate, carry), final
 
 
 def _backward(
@@ -103,16 +113,19 @@ def _backward(
     with on_device(x):
         dy = torch.zeros_like(x) if dy is None else _aligned(dy.to(x.dtype), chunk)
         dy = dy if z is None else dy.contiguous()
-        scan = _prepared(x, dt, A, B, C, dt_bias, dy, spans, firsts, direction, softplus, chunk)
-        carry, _ = scan.carried(scan.x, scan.B, contiguous(initial), adjoint=False)
-        skip = contiguous(D)
+        skip, initial, dfinal = contiguous(D), contiguous(initial), contiguous(dfinal)
+        # z itself goes to no kernel here, but takes another dy to them than that of the plan
+        scan = _prepared(
+            x, dt, A, B, C, dt_bias, dy, spans, firsts, direction, softplus, chunk, skip, z, initial, dfinal
+        )
+        carry, _ = scan.carried(scan.x, scan.B, initial, adjoint=False)
         dz = scan.empty(0)
         if z is not None:
             y = scan.output(skip, None, carry)
             gate, wide = torch.sigmoid(z.float()), dy.float()
             dz = (wide * y.float() * gate * (1 + z.float() * (1 - gate))).to(z.dtype)
             dy = (wide * z.float() * gate).to(x.dtype).contiguous()
-        adjoint, dinitial = scan.carried(dy, scan.C, contiguous(dfinal), adjoint=True)
+        adjoint, dinitial = scan.carried(dy, scan.C, dfinal, adjoint=True)
         by_head = D is not None and D.dim() == 1
         ddt, dA, dB, dC, dbias, dD = scan.gradients(dy, carry, adjoint, skip=by_head)
         if D is not None and D.dim() == 2:

@@ -53,12 +53,53 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            return gradients(ctx, *of_outputs)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return gradients(ctx, *of_outputs)
+            context = _Read(ctx)  # create_graph=True
+            return _Once.of(name, gradients(context, *of_outputs), (*of_outputs, *context.saved_tensors))
 
     def run(*inputs: Any) -> Any:
         return Recorded.apply(*inputs) if torch.is_grad_enabled() else operator(*inputs)
 
     return run
+
+
+class _Read:
+    """A context whose saved tensors may be read twice, which checkpoints do not allow."""
+
+    def __init__(self, context: Any) -> None:
+        self._context, self.saved_tensors = context, context.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again: their own gradient would be missing, not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            f"genossm::{ctx.name} was computed by backend='triton', which has no second derivatives; take backend='torch' "
+            "(of selective_scan 'reference') for what is differentiated twice"
+        )
+
+    @classmethod
+    def of(
+        cls, name: str, gradients: tuple[Tensor | None, ...], made_of: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients, which depend on the tensors that they were `made_of`."""
+        roots = [tensor for tensor in made_of if tensor is not None and tensor.requires_grad]
+        present = [tensor for tensor in gradients if tensor is not None]
+        if not roots:
+            return gradients
+        marked = iter(cls.apply(name, len(present), *present, *roots))
+        return tuple(None if tensor is None else next(marked) for tensor in gradients)
 
 
 PTX = torch.version.hip is None and not interpreting()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -24,6 +25,7 @@ from genossm.kernels.selective_scan_guard import exchanges_fit
 
 FLOAT32 = 2e-5
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "start", "reverse_start")
+BY_POSITION = ("x", "dt", "B", "C", "z")
 
 
 @pytest.fixture(autouse=True)
@@ -194,10 +196,7 @@ def test_more_chunks_of_a_packed_sequence_than_are_loaded_at_once(
 
 
 def flipped(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.flip(1) if name in ("x", "dt", "B", "C", "z") else tensor
-        for name, tensor in inputs.items()
-    }
+    return {name: tensor.flip(1) if name in BY_POSITION else tensor for name, tensor in inputs.items()}
 
 
 def scan(inputs: dict[str, Tensor], direction: str, initial: Any = None) -> tuple[Tensor, Any]:
@@ -228,18 +227,27 @@ def test_directions_belong_together(device: str) -> None:
 
 def test_a_split_sequence_equals_the_whole(device: str) -> None:
     inputs = make(11, device)
-    parts = [
-        {
-            name: tensor[:, span] if tensor.dim() == 3 and tensor.shape[1] == 11 else tensor
-            for name, tensor in inputs.items()
-        }
+    left, right = (
+        {name: tensor[:, span] if name in BY_POSITION else tensor for name, tensor in inputs.items()}
         for span in (slice(0, 5), slice(5, 11))
-    ]
+    )
     y, final = scan(inputs, "forward")
-    first, carried = scan(parts[0], "forward")
-    second, end = scan(parts[1], "forward", carried)
+    first, carried = scan(left, "forward")
+    second, end = scan(right, "forward", carried)
     torch.testing.assert_close(torch.cat([first, second], 1), y)
     torch.testing.assert_close(end, final)
+    y, final = scan(inputs, "reverse")
+    second, entering = scan(right, "reverse")
+    first, end = scan(left, "reverse", entering)
+    torch.testing.assert_close(torch.cat([first, second], 1), y)
+    torch.testing.assert_close(end, final)
+    # in both, each half gets the other's state: the left one's forward, the right one's reverse
+    whole, ends = scan(inputs, "both")
+    zero = torch.zeros_like(carried)
+    first, (_, last) = scan(left, "both", (zero, entering))
+    second, (at_end, _) = scan(right, "both", (carried, zero))
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close((at_end, last), ends)
 
 
 @pytest.mark.parametrize(
@@ -276,22 +284,57 @@ def test_nothing_is_read_that_was_not_written(
         assert torch.equal(got[name], truth), name
 
 
-def test_the_operator_as_torch_library_wants_it(device: str) -> None:
+def test_the_operators_as_torch_library_wants_them(device: str) -> None:
+    """Without the check of their autograd: the gradient is that of an autograd.Function around them, not registered."""
     inputs = make(3, device, batch=1, channels=2, state=2)
-    tensors = [tensor.requires_grad_() for tensor in inputs.values()]
-    torch.library.opcheck(
-        torch.ops.genossm.selective_scan.default,
-        (*tensors, None, None, True, "both", 0),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    scan(inputs, "forward")  # the first call registers them
     row, bounds = packed((1, 2), device)
     spans, firsts = chunk_spans(list(pairwise(bounds.tolist())), 4, torch.device(device))
-    tensors = [tensor.requires_grad_() for tensor in row.values()]
-    torch.library.opcheck(
-        torch.ops.genossm.selective_scan.default,
-        (*tensors, spans, firsts, True, "forward", 4),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    full, few = list(inputs.values()), list(inputs.values())[:5]
+    for arguments in (
+        (*full, None, None, True, "both", 0),
+        (*few, *[None] * 7, False, "reverse", 0),
+        (*row.values(), spans, firsts, True, "forward", 4),
+    ):
+        forward, backward = torch.ops.genossm.selective_scan, torch.ops.genossm.selective_scan_backward
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(forward.default, arguments, test_utils=checks)
+        y, final = forward(*arguments)
+        for given in ((y, final), (y, None)):
+            torch.library.opcheck(backward.default, (*given, *arguments), test_utils=checks)
+            gradients = backward(*given, *arguments)
+            assert len(
+                {gradient.untyped_storage().data_ptr() for gradient in gradients if gradient.numel()}
+            ) == sum(gradient.numel() > 0 for gradient in gradients)
+
+
+# torch.compile itself makes an object of the autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_checkpointed_and_under_autocast(device: str) -> None:
+    inputs = make(6, device, batch=1, channels=2, state=2)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+
+    def loss(*given: Tensor) -> Tensor:
+        named = dict(zip(inputs, given, strict=True))
+        y, finals = scan(named, "both", (named["start"], named["reverse_start"]))
+        return y.square().sum() + sum(final.square().sum() for final in finals)
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    again = checkpoint(loss, *leaves, use_reentrant=False)
+    assert isinstance(again, Tensor)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = loss(*leaves)
+    for value in (again, compiled, cast):
+        torch.testing.assert_close(torch.autograd.grad(value, leaves), expected, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused(device: str) -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make(3, device, batch=1).items()}
+    y, _ = scan(inputs, "both")
+    (dx,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="genossm::selective_scan was computed by backend='triton'"):
+        torch.autograd.grad(dx.sum() + inputs["dt"].sum(), inputs["dt"])
 
 
 def test_flops_are_counted(device: str) -> None:

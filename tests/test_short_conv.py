@@ -111,10 +111,33 @@ def test_half_precision_is_computed_in_float32_with_the_weights_as_given() -> No
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradients_by_differences(backend: Any) -> None:
+    random = torch.Generator().manual_seed(6)
+    tensors = [
+        torch.randn(shape, generator=random).double().requires_grad_()
+        for shape in ((2, 4, 3), (2, 3, 3), (2, 3), (2, 2, 3), (2, 2, 3))
+    ]
+
+    def function(*values: Tensor) -> Any:
+        x, weight, bias, left, right = values
+        y, states = short_conv(
+            x, weight, bias, activation="silu", padding="both", initial_state=(left, right), return_final_state=True,
+            backend=backend,
+        )  # fmt: skip
+        centered = short_conv(x, weight[0], bias[0], padding="centered", backend=backend)
+        return *y, *states, centered
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"weight": torch.zeros(3, 4)}, "(channels, width) are needed"),
+        ({"x": torch.zeros(())}, "x has shape () and weight (4, 4)"),
+        ({"x": torch.zeros(1, 9, 0), "weight": torch.zeros(0, 4)}, "channels >= 1"),
         ({"padding": "same"}, "padding is 'same'"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
@@ -126,6 +149,10 @@ def test_half_precision_is_computed_in_float32_with_the_weights_as_given() -> No
         ({"initial_state": (torch.zeros(1, 3, 4),) * 2}, "give one tensor"),
         ({"return_final_state": True, "padding": "centered"}, "return_final_state does not go"),
         ({"initial_state": torch.zeros(1, 2, 4)}, "(1, 3, 4) is needed"),
+        (
+            {"initial_state": torch.zeros(1, 3, 4, dtype=torch.complex64)},
+            "initial_state has dtype torch.complex64",
+        ),
         ({"initial_state": torch.zeros(1, 3, 4), "padding": "centered"}, "does not go with"),
     ],
 )

@@ -161,6 +161,22 @@ def test_pieces_equal_the_whole_and_their_gradients(device: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_nothing_is_read_that_was_not_written(
+    padding: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(padding, 19, 4, states=padding != "centered", shared=padding != "both")
+    expected = case.run(device, torch.float32, "triton")
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *shape, made=made, **how: made(*shape, **how).fill_(torch.nan)
+        )
+    got = case.run(device, torch.float32, "triton")
+    monkeypatch.undo()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
 def test_far_from_zero_is_finite(device: str) -> None:
     x = torch.tensor([-1e4, -90.0, -30.0, 0.0, 30.0, 1e4], device=device)[None, :, None].requires_grad_()
     y = short_conv(x, torch.ones(1, 1, device=device), activation="silu", backend="triton")
@@ -185,6 +201,14 @@ def test_torch_knows_the_operator(device: str) -> None:
         (x, weight[0], None, None, None, short_conv_triton.CENTERED, False, False),
     ):
         torch.library.opcheck(operator, arguments, test_utils=checks)
+        given = [tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in arguments[:5]]
+        outputs = [y if y.numel() else None for y in operator(*arguments)]
+        cotangents = [None if y is None else y.detach() for y in outputs]
+        torch.library.opcheck(
+            torch.ops.genossm.short_conv_backward.default,
+            (*given, *cotangents, *arguments[5:7]),
+            test_utils=checks,
+        )
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
         causal, reverse = short_conv(x, weight, bias, activation="silu", padding="both", backend="triton")
@@ -199,6 +223,15 @@ def test_torch_knows_the_operator(device: str) -> None:
     with FlopCounterMode(display=False) as counter:
         loss(x, weight).backward()
     assert counter.get_total_flops() == 3 * 2 * x.numel() * 4 * 2
+
+
+def test_a_second_derivative_is_refused(device: str) -> None:
+    x = torch.randn(1, 9, 4, device=device).requires_grad_()
+    weight = torch.randn(4, 3, device=device).requires_grad_()
+    y = short_conv(x, weight, backend="triton")
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="genossm::short_conv was computed by backend='triton'"):
+        torch.autograd.grad(dx.sum(), weight)
 
 
 def test_a_wide_filter_is_refused(device: str) -> None:

@@ -317,6 +317,26 @@ def test_gradient_of_the_reference_by_differences() -> None:
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors], fast_mode=True)
 
 
+def test_second_derivatives_by_differences() -> None:
+    inputs = make(5)
+    tensors = [t[:1].detach() if t.dim() > 2 else t.detach() for t in inputs.tensors()]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        y, (forward, reverse) = ssd(
+            *values[:6],
+            initial_state=(values[6], values[7]),
+            return_final_state=True,
+            direction="both",
+            chunk_size=2,
+            backend="torch",
+        )
+        return y, forward, reverse
+
+    tensors = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
 def test_views_that_are_not_contiguous_give_the_same() -> None:
     inputs = make(40)
     packed = torch.randn(2, 40, 4 * 3 + 7, dtype=torch.float64)
@@ -352,7 +372,17 @@ def test_autocast_leaves_float32_inputs_at_float32_accuracy() -> None:
         ({"backend": "cuda"}, "allowed are 'auto', 'triton', 'torch' and 'reference'"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"x": torch.zeros(2, 0, 4, 3)}, "length >= 1"),
+        ({"x": torch.zeros(0, 8, 4, 3)}, "x has shape (0, 8, 4, 3); (batch >= 1, length >= 1, heads >= 1"),
+        ({"x": torch.zeros(2, 8, 0, 3)}, "heads >= 1, head_dim >= 1) is needed"),
+        ({"x": torch.zeros(2, 8, 4, 0)}, "heads >= 1, head_dim >= 1) is needed"),
+        ({"x": torch.zeros(())}, "x has shape ()"),
+        ({"B": torch.zeros(2, 8, 2, 0)}, "B has shape (2, 8, 2, 0)"),
         ({"x": torch.zeros(2, 8, 4, 3, dtype=torch.int32)}, "floating-point"),
+        ({"D": torch.zeros(4).to(torch.float8_e4m3fn)}, "D has dtype torch.float8_e4m3fn; a floating-point"),
+        (
+            {"initial_state": torch.zeros(2, 4, 3, 5, dtype=torch.complex64)},
+            "initial_state has dtype torch.com",
+        ),
         ({"dt": torch.zeros(2, 8, 4, 2)}, "dt has shape (2, 8, 4, 2)"),
         ({"A": torch.zeros(3)}, "A has shape (3,)"),
         ({"B": torch.zeros(2, 8, 3, 5)}, "groups dividing the 4 heads"),

@@ -372,6 +372,14 @@ def test_compiled_checkpointed_and_under_autocast(device: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(value, leaves), expected, rtol=0, atol=0)
 
 
+def test_a_second_derivative_is_refused(device: str) -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make(3, device, heads=1).items()}
+    y = checkpoint(lambda: scan(inputs, "both")[0], use_reentrant=False)
+    (dx,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="genossm::ssd_scan was computed by backend='triton'"):
+        torch.autograd.grad(dx.sum() + inputs["dt"].sum(), inputs["dt"])
+
+
 def test_flops_are_counted(device: str) -> None:
     inputs = {name: tensor.requires_grad_() for name, tensor in make(4, device, heads=1).items()}
     counts = []

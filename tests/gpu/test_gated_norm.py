@@ -77,6 +77,21 @@ def test_gradients_repeat_bit_by_bit_on_views_past_two_to_the_31() -> None:
     compare(first, truth, 8e-3)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_nothing_is_read_that_was_not_written(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator("cuda").manual_seed(3)
+    x, z, other = (torch.randn(257, 1001, generator=random, device="cuda").bfloat16() for _ in range(3))
+    inputs = {"x": x, "weight": torch.randn(1001, generator=random, device="cuda"), "z": z}
+    if residual:
+        inputs["residual"] = other
+    cotangents, empty = [other, x], torch.empty
+    expected = run(inputs, cotangents, backend="triton")
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(torch.nan))
+    got = run(inputs, cotangents, backend="triton")
+    monkeypatch.undo()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
 def test_zeros_and_large_values_are_finite() -> None:
     x = torch.zeros(100_003, 256, device="cuda", dtype=torch.bfloat16)
     weight = torch.ones(256, device="cuda")

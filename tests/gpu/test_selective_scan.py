@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from genossm.kernels import selective_scan_launch as launches
 from genossm.kernels.selective_scan import selective_scan
@@ -56,6 +59,8 @@ def run(
     backend: str,
     wide: torch.dtype | None = None,
     bounds: Tensor | None = None,
+    *,
+    softplus: bool = True,
 ) -> dict[str, Tensor]:
     """y, final states and every gradient of a random function of them; in `wide` if given."""
     given = {
@@ -68,7 +73,7 @@ def run(
     y, finals = selective_scan(
         *(given.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z")),  # type: ignore[arg-type]
         dt_bias=given["dt_bias"],
-        dt_softplus=True,
+        dt_softplus=softplus,
         initial_state=initial,
         return_final_state=True,
         direction=direction,  # type: ignore[arg-type]
@@ -182,14 +187,94 @@ def test_packed_results_are_bitwise_repeatable_and_each_sequence_its_own(separat
         assert not torch.equal(other[name][:, :20_016], first[name][:, :20_016]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dt", [1e-6, 50.0])
-def test_extreme_steps(dt: float) -> None:
-    inputs = make(1000, torch.float32)
-    inputs["dt"] = torch.full_like(inputs["dt"], dt)
+@pytest.mark.parametrize("softplus", [False, True])
+def test_extreme_steps(softplus: bool, dt: float, dtype: torch.dtype) -> None:
+    inputs = make(1000, dtype)
+    # softplus(t) is close to exp(t) far below 0
+    before = math.log(dt) if softplus and dt < 1 else dt
+    inputs["dt"] = torch.full_like(inputs["dt"], before)
     inputs["dt_bias"].zero_()
-    got, truth = run(inputs, "both", "triton"), run(inputs, "both", "torch", torch.float64)
+    got = run(inputs, "both", "triton", softplus=softplus)
+    truth = run(inputs, "both", "torch", torch.float64, softplus=softplus)
     assert all(torch.isfinite(result).all() for result in got.values())
-    assert_close(got, truth, TOLERANCE[torch.float32])
+    assert_close(got, truth, TOLERANCE[dtype])
+
+
+BY_POSITION = ("x", "dt", "B", "C", "z")
+
+
+def scan(inputs: dict[str, Tensor], direction: str, initial: Any) -> tuple[Tensor, Any]:
+    """y and the final states."""
+    y, finals = selective_scan(
+        *(inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z")),  # type: ignore[arg-type]
+        dt_bias=inputs["dt_bias"],
+        dt_softplus=True,
+        initial_state=initial,
+        return_final_state=True,
+        direction=direction,  # type: ignore[arg-type]
+        backend="triton",
+    )
+    return y, finals
+
+
+def changed(inputs: dict[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The inputs with what has positions changed."""
+    return {name: change(tensor) if name in BY_POSITION else tensor for name, tensor in inputs.items()}
+
+
+def named(y: Tensor, *finals: Tensor) -> dict[str, Tensor]:
+    return {"y": y, **{f"final {index}": final for index, final in enumerate(finals)}}
+
+
+def test_a_split_sequence_equals_the_whole() -> None:
+    inputs = make(5_011, torch.float32)
+    left = changed(inputs, lambda tensor: tensor[:, :1_777])
+    right = changed(inputs, lambda tensor: tensor[:, 1_777:])
+    start, reverse_start = inputs["start"], inputs["reverse_start"]
+    y, final = scan(inputs, "forward", start)
+    first, carried = scan(left, "forward", start)
+    second, end = scan(right, "forward", carried)
+    assert_close(named(torch.cat([first, second], 1), end), named(y, final), 2e-5)
+    y, final = scan(inputs, "reverse", reverse_start)
+    second, entering = scan(right, "reverse", reverse_start)
+    first, end = scan(left, "reverse", entering)
+    assert_close(named(torch.cat([first, second], 1), end), named(y, final), 2e-5)
+    # in both, each piece gets what leaves the other: the left one forward, the right one in reverse
+    y, finals = scan(inputs, "both", (start, reverse_start))
+    first, (_, last) = scan(left, "both", (start, entering))
+    second, (end, _) = scan(right, "both", (carried, reverse_start))
+    assert_close(named(torch.cat([first, second], 1), end, last), named(y, *finals), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [100, 1009])
+def test_directions_belong_together(length: int, dtype: torch.dtype) -> None:
+    inputs = make(length, dtype)
+    start, reverse_start = inputs["start"], inputs["reverse_start"]
+    forward, final = scan(inputs, "forward", start)
+    reverse, last = scan(inputs, "reverse", reverse_start)
+    turned, end = scan(changed(inputs, lambda tensor: tensor.flip(1)), "forward", reverse_start)
+    assert_close(named(reverse, last), named(turned.flip(1), end), TOLERANCE[dtype])
+    both, finals = scan(inputs, "both", (start, reverse_start))
+    skip = inputs["D"] * inputs["x"].float() * torch.nn.functional.silu(inputs["z"].float())
+    expected = named(forward.float() + reverse.float() - skip, final, last)
+    assert_close(named(both, *finals), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("direction", ["forward", "both", "separate"])
+@pytest.mark.parametrize("length", [65, 1009])
+def test_nothing_is_read_that_was_not_written(
+    length: int, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, empty = make(length, separate=direction == "separate"), torch.empty
+    direction = "both" if direction == "separate" else direction
+    expected = run(inputs, direction, "triton")
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(torch.nan))
+    got = run(inputs, direction, "triton")
+    monkeypatch.undo()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
 
 
 def test_a_million_zeros() -> None:
@@ -225,45 +310,78 @@ def test_rows_past_two_to_the_31() -> None:
     torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-2)
 
 
+FAR = 2**22 + 4_096 + 5
+"""Positions: of 1,024 channels more than 2^32 elements, of 512 more than 2^31."""
+WINDOW = slice(FAR - 8_192, None)
+"""What comes before has decayed away where the last thousands of positions are looked at."""
+
+
+def far(channels: int, state: int) -> dict[str, Tensor]:
+    inputs = make(FAR, batch=1, channels=channels, state=state, gate=False)
+    inputs["A"] -= 1
+    return {name: tensor for name, tensor in inputs.items() if "start" not in name}
+
+
 @pytest.mark.xdist_group("memory")
-def test_more_elements_than_32_bits_count() -> None:
-    inputs = make(2**22 + 5, batch=1, channels=1024, gate=False)
-    inputs["A"] -= 1  # so that what came 4,096 steps before has decayed away
-    y, final = selective_scan(
-        *(inputs[name] for name in ("x", "dt", "A", "B", "C", "D")),
-        dt_bias=inputs["dt_bias"],
-        dt_softplus=True,
-        return_final_state=True,
-        backend="triton",
-    )
-    last = slice(2**22 + 5 - 4096, None)
-    assert isinstance(final, Tensor)
-    again = selective_scan(
-        *(inputs[name][:, last] for name in ("x", "dt")),
-        inputs["A"],
-        *(inputs[name][:, last] for name in ("B", "C")),
-        inputs["D"],
-        dt_bias=inputs["dt_bias"],
-        dt_softplus=True,
-        backend="triton",
-    )
-    assert isinstance(y, Tensor) and isinstance(again, Tensor)
-    torch.testing.assert_close(y[:, -256:].float(), again[:, -256:].float(), rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+def test_more_elements_than_32_bits_count(direction: str) -> None:
+    inputs = far(1024, 16)
+    y, _ = scan(inputs, direction, None)
+    again, _ = scan(changed(inputs, lambda tensor: tensor[:, WINDOW].contiguous()), direction, None)
+    torch.testing.assert_close(y[:, -4_200:].float(), again[:, -4_200:].float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+def test_gradients_of_more_elements_than_31_bits_count(direction: str) -> None:
+    """In 40 GB: with this few states a position's parts of dB and dC are few."""
+    inputs = far(512, 8)
+
+    def gradients(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
+        y, _ = scan(leaves, direction, None)
+        dy = torch.zeros_like(y)
+        dy[:, -4_200:] = weights
+        return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+
+    random = torch.Generator("cuda").manual_seed(5)
+    weights = torch.randn(1, 4_200, 512, generator=random, device="cuda").bfloat16()
+    window = changed(inputs, lambda tensor: tensor[:, WINDOW].clone())
+    expected = gradients({name: tensor.detach().clone() for name, tensor in window.items()})
+    got = gradients(inputs)
+    assert not any(got[name][:, :1_000].any() for name in ("x", "dt", "B", "C"))
+    assert_close(changed(got, lambda tensor: tensor[:, WINDOW]), expected, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
 def test_through_compile_checkpoint_and_autocast() -> None:
     inputs = make(300, channels=64, gate=False)
-    arguments = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D")]
+    names = ("x", "dt", "A", "B", "C", "D")
+    leaves = [inputs[name].requires_grad_() for name in names]
 
-    def scan(*tensors: Tensor) -> Any:
+    def function(*tensors: Tensor) -> Any:
         return selective_scan(*tensors, direction="both", dt_softplus=True)  # type: ignore[arg-type]
 
-    expected = scan(*arguments)
+    def gradients(run: Callable[..., Any]) -> dict[str, Tensor]:
+        y = run(*leaves)
+        random = torch.Generator("cuda").manual_seed(9)
+        dy = torch.randn(y.shape, generator=random, device="cuda").to(y.dtype)
+        return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, leaves, dy), strict=True))}
 
-    assert torch.equal(torch.compile(scan, fullgraph=True)(*arguments), expected)
-    with torch.autocast("cuda", dtype=torch.float16):
-        assert torch.equal(scan(*arguments), expected)
-    x = inputs["x"].clone().requires_grad_()
-    torch.utils.checkpoint.checkpoint(scan, x, *arguments[1:], use_reentrant=False).sum().backward()
-    assert x.grad is not None and torch.isfinite(x.grad).all()
+    def under_autocast(*tensors: Tensor) -> Any:
+        with torch.autocast("cuda", dtype=torch.float16):
+            return function(*tensors)
+
+    expected = gradients(function)
+    for other in (lambda *tensors: checkpoint(function, *tensors, use_reentrant=False), under_autocast):
+        got = gradients(other)
+        assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+    assert_close(gradients(torch.compile(function, fullgraph=True)), expected, 1e-3)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make(64, gate=False).items()}
+    y, _ = scan(inputs, "both", None)
+    (dx,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="genossm::selective_scan was computed by backend='triton'"):
+        torch.autograd.grad(dx.sum() + inputs["dt"].sum(), inputs["dt"])

@@ -93,6 +93,65 @@ def test_gradients_repeat_bit_by_bit(padding: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("padding", ["causal", "reverse", "centered", "both"])
+@pytest.mark.parametrize("length", [2, 65, 1009])
+def test_nothing_is_read_that_was_not_written(
+    length: int, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator("cuda").manual_seed(length)
+    x, left, right = (
+        torch.randn(2, n, 96, generator=random, device="cuda").bfloat16() for n in (length, 3, 3)
+    )
+    weight, bias = (torch.randn(shape, generator=random, device="cuda") for shape in ((96, 4), (96,)))
+    states = None if padding == "centered" else (left, right)
+    expected = run(x, weight, bias, states, padding, "triton")
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *shape, made=made, **how: made(*shape, **how).fill_(torch.nan)
+        )
+    got = run(x, weight, bias, states, padding, "triton")
+    monkeypatch.undo()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [65, 4_099])
+def test_directions_and_pieces_belong_together(length: int, dtype: torch.dtype) -> None:
+    random = torch.Generator("cuda").manual_seed(length)
+    x, left, right = (
+        torch.randn(2, n, 256, generator=random, device="cuda").to(dtype) for n in (length, 3, 3)
+    )
+    weight, bias = (torch.randn(shape, generator=random, device="cuda") for shape in ((2, 256, 4), (2, 256)))
+    options: dict[str, Any] = {"activation": "silu", "backend": "triton", "return_final_state": True}
+    causal, last = short_conv(x, weight[0], bias[0], initial_state=left, **options)
+    reverse, first = short_conv(x, weight[1], bias[1], padding="reverse", initial_state=right, **options)
+    # reverse = flip of causal of flip
+    turned, end = short_conv(x.flip(1), weight[1], bias[1], initial_state=right.flip(1), **options)
+    compare([reverse, first], [turned.flip(1).double(), end.flip(1).double()], TOLERANCE[dtype])
+    # both = causal and reverse
+    both, states = short_conv(x, weight, bias, padding="both", initial_state=(left, right), **options)
+    compare([*both, *states], [t.double() for t in (causal, reverse, last, first)], TOLERANCE[dtype])
+    # pieces = the whole; in both, each gets what leaves the other
+    at = 38
+    one, state = short_conv(x[:, :at], weight[0], bias[0], initial_state=left, **options)
+    two, end = short_conv(x[:, at:], weight[0], bias[0], initial_state=state, **options)
+    compare([torch.cat([one, two], 1), end], [causal.double(), last.double()], TOLERANCE[dtype])
+    two, entering = short_conv(
+        x[:, at:], weight[1], bias[1], padding="reverse", initial_state=right, **options
+    )
+    one, end = short_conv(x[:, :at], weight[1], bias[1], padding="reverse", initial_state=entering, **options)
+    compare([torch.cat([one, two], 1), end], [reverse.double(), first.double()], TOLERANCE[dtype])
+    ones, (_, start) = short_conv(
+        x[:, :at], weight, bias, padding="both", initial_state=(left, entering), **options
+    )
+    twos, (end, _) = short_conv(
+        x[:, at:], weight, bias, padding="both", initial_state=(state, right), **options
+    )
+    got = [torch.cat(pair, 1) for pair in zip(ones, twos, strict=True)]
+    compare([*got, end, start], [t.double() for t in (*both, *states)], TOLERANCE[dtype])
+
+
 def test_many_short_sequences() -> None:
     random = torch.Generator("cuda").manual_seed(2)
     x = torch.randn(70_001, 9, 64, generator=random, device="cuda").bfloat16()
@@ -127,6 +186,7 @@ def test_a_view_of_a_packed_buffer_past_two_to_the_31() -> None:
     compare([found[0][:, -200:], found[1][:, -200:]], [tail[0][:, -200:], tail[1][:, -200:]], 8e-3)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_32_elements() -> None:
     length, channels = 4_200_001, 1024
     if torch.cuda.mem_get_info()[0] < 5 * length * channels * 2:

@@ -175,6 +175,33 @@ def test_nothing_is_read_that_was_not_written(case: Case, monkeypatch: pytest.Mo
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
 
 
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same values, one element after a boundary of 16 bytes."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_another_dtype_or_alignment_of_the_same_shapes(direction: str) -> None:
+    """Compiled kernels are launched again without a look at their tensors; these may differ between calls."""
+    inputs = make(Case(301))
+    others = ("D", "z", "dt", "A", "dt_bias", "start", "reverse_start")
+    for moved in (False, True):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            given = {
+                name: tensor.to(dtype) if name in others else tensor.clone()
+                for name, tensor in inputs.items()
+            }
+            if moved:
+                given = {name: unaligned(tensor) for name, tensor in given.items()}
+                assert all(tensor.data_ptr() % 16 for tensor in given.values())
+            assert_close(run(given, direction), truth(given, direction), TOLERANCE[torch.bfloat16])
+    # one at a time, and back: what the others compiled is not taken for it
+    for name in others:
+        for other in (inputs[name].bfloat16(), unaligned(inputs[name]), inputs[name].float()):
+            given = {**inputs, name: other}
+            assert_close(run(given, direction), truth(given, direction), TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("case", [Case(65_536, heads=16, state=128), Case(65_536, separate=True)], ids=str)
 def test_results_are_bitwise_repeatable(case: Case) -> None:
     inputs = make(case)
@@ -221,6 +248,29 @@ def test_a_split_sequence_equals_the_whole() -> None:
         second, end = scan({**order[1], "start": carried, "reverse_start": carried}, direction)
         parts = [first, second] if direction == "forward" else [second, first]
         assert_close({"y": torch.cat(parts, 1), "final": end}, {"y": y, "final": final}, 1e-5)
+    # in both, each piece gets what leaves the other: the left one forward, the right one in reverse
+    left, right = pieces
+    _, carried = scan(left, "forward")
+    _, entering = scan(right, "reverse")
+    y, final, reverse_final = scan(inputs, "both")
+    first, _, last = scan({**left, "reverse_start": entering}, "both")
+    second, end, _ = scan({**right, "start": carried}, "both")
+    got = {"y": torch.cat([first, second], 1), "final": end, "reverse final": last}
+    assert_close(got, {"y": y, "final": final, "reverse final": reverse_final}, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [200, 1009])
+def test_directions_belong_together(length: int, dtype: torch.dtype) -> None:
+    inputs = make(Case(length, dtype))
+    forward, reverse, both = (scan(inputs, direction) for direction in ("forward", "reverse", "both"))
+    flipped = {name: tensor.flip(1) if name in BY_POSITION else tensor for name, tensor in inputs.items()}
+    turned = scan({**flipped, "start": inputs["reverse_start"]}, "forward")
+    got = {"y": reverse[0], "final": reverse[1]}
+    assert_close(got, {"y": turned[0].flip(1), "final": turned[1]}, TOLERANCE[dtype])
+    skip = inputs["D"][:, None] * inputs["x"].float() * F.silu(inputs["z"].float())
+    expected = {"y": forward[0].float() + reverse[0].float() - skip, "final": forward[1], "last": reverse[1]}
+    assert_close(dict(zip(expected, both, strict=True)), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -381,6 +431,13 @@ def test_through_compile_checkpoint_and_autocast() -> None:
     results = {name: gradients(function) for name, function in functions.items()}
     assert all(torch.equal(results["checkpointed"][name], right) for name, right in results["eager"].items())
     assert_close(results["compiled"], results["eager"], 2e-2)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make(Case(64)).items()}
+    (dx,) = torch.autograd.grad(scan(inputs, "both")[0].sum(), inputs["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="genossm::ssd_scan was computed by backend='triton'"):
+        torch.autograd.grad(dx.sum() + inputs["dt"].sum(), inputs["dt"])
 
 
 def test_tensors_of_two_devices_are_told() -> None:
