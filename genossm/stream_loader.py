@@ -93,6 +93,7 @@ class WindowLoader:
         self._reader = _Reader(windows, codes=codes, targets=targets)
         self._unpack = Unpacker(windows.dataset, self.device)
         self._processes: DataLoader[Packed] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._portions: list[Portion] = []
         self._epoch = 0
         self._given = 0
@@ -148,9 +149,17 @@ class WindowLoader:
         self._resume_at = self._given
 
     def sequence(self) -> dict[str, Any]:
-        """What the sequence of batches depends on."""
+        """What the sequence of batches depends on: the data, which of them, how they are moved and turned, and the order."""
         windows = self.windows
+        own = set(windows.chroms)
         return {
+            "dataset": windows.dataset.content_hash,
+            "split": "/".join(name for name, chroms in windows.dataset.splits.items() if own <= set(chroms)),
+            "window_bp": windows.window_bp,
+            "margin_bp": windows.margin_bp,
+            "augment": windows.augment,
+            "reverse_complement": windows.augment and windows.reverse_complement,
+            "jitter_bp": windows.jitter_bp if windows.augment else 0,
             "seed": windows.seed,
             "windows": len(windows),
             "batch_size": self.batch_size,
@@ -190,7 +199,9 @@ class WindowLoader:
         else:
             packed = map(self._reader.__getitem__, portions)
         if cuda and self.workers:
-            return _on_stream(packed, self._finish, self.device)
+            if self._stream is None:  # one for all passes: torch has 32, which it hands out again
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            return _on_stream(packed, self._finish, self._stream)
         return (self._finish(item) for item in packed)
 
     def _read_and_finish(self, portion: Portion) -> Batch:
@@ -270,12 +281,12 @@ def _in_threads(
 
 
 def _on_stream(
-    packed: Iterator[Packed], finish: Callable[[Packed], Batch], device: torch.device
+    packed: Iterator[Packed], finish: Callable[[Packed], Batch], stream: torch.cuda.Stream
 ) -> Generator[Batch, None, None]:
     """Finish batches in a thread and on a CUDA stream of their own, a few ahead of who computes on them."""
+    device = stream.device
     ready: queue.Queue[tuple[Batch, torch.cuda.Event] | BaseException | None] = queue.Queue(_ON_DEVICE)
     stopped = threading.Event()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def give(item: tuple[Batch, torch.cuda.Event] | BaseException | None) -> bool:
         while not stopped.is_set():

@@ -14,6 +14,7 @@ import torch
 
 from genossm import checkpoint
 from genossm.atomic import atomic_path, atomic_write_text
+from genossm.pipelines.idle_time import IdleTime
 from genossm.pipelines.training_module import TrainingModule
 from genossm.progress import progress
 
@@ -52,6 +53,7 @@ class RunLog(lightning.Callback):
         self._seconds_before = 0.0  # of this epoch, by the training that it goes on from
         self._windows = 0
         self._note = ""
+        self._idle: IdleTime | None = None
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self._seconds_before + time.monotonic() - self._epoch_start
@@ -70,9 +72,16 @@ class RunLog(lightning.Callback):
         self._bar = progress(total=pl_module.total_steps, unit="step", description="train")
         self._bar.update(trainer.global_step)
         self._epoch_start = self._saved = time.monotonic()  # an epoch that is gone on with is not started
+        self._idle = IdleTime(pl_module.device)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._epoch_start, self._windows, self._seconds_before = time.monotonic(), 0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._idle is not None
+        self._idle.begin_step()
 
     def on_train_batch_end(
         self,
@@ -82,6 +91,8 @@ class RunLog(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert self._idle is not None
+        self._idle.end_step()
         self._windows += len(batch[0])
         rate = self._windows / max(1e-9, time.monotonic() - self._epoch_start)
         self._bar.set_postfix_str(
@@ -90,20 +101,23 @@ class RunLog(lightning.Callback):
             refresh=False,
         )
         self._bar.update(1)
-        if self.save_minutes and time.monotonic() - self._saved >= 60 * self.save_minutes:
+        due = self.save_minutes and time.monotonic() - self._saved >= 60 * self.save_minutes
+        if due and not trainer.is_last_batch:  # that state would be resumed without the validation
             assert isinstance(pl_module, TrainingModule)
             pl_module.check_gradient()
-            self._save_state(trainer)
+            self.save_state(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         pl_module.check_gradient()  # before anything of this epoch is written
+        idle = self._idle.share() if self._idle is not None else None
         row: Row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/loss": float(torch.stack(pl_module.epoch_losses).mean()),
             "seconds": round(self._seconds_before + time.monotonic() - self._epoch_start, 3),
+            **({} if idle is None else {"train/idle": idle}),
             **pl_module.validation,
         }
         self.rows.append(row)
@@ -113,14 +127,15 @@ class RunLog(lightning.Callback):
             )
         if self.write_csv:
             atomic_write_text(self.folder / METRICS_FILE, _as_csv(self.rows))
+        self._note = "" if idle is None else f", device idle {idle:.1%}"
         score = selection_score(pl_module.validation)
         if score is not None:
-            self._note = f", valid {score[0]} {score[1]:.4f}"
+            self._note += f", valid {score[0]} {score[1]:.4f}"
             if score[1] > self.best:
                 self.best, self.best_epoch = score[1], trainer.current_epoch + 1
                 self._save_model(pl_module)
         pl_module.validation = {}
-        self._save_state(trainer)
+        self.save_state(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._bar.close()
@@ -131,7 +146,8 @@ class RunLog(lightning.Callback):
         if self._bar is not None:
             self._bar.close()
 
-    def _save_state(self, trainer: lightning.Trainer) -> None:
+    def save_state(self, trainer: lightning.Trainer) -> None:
+        """Write the state to resume from."""
         with atomic_path(self.folder / RESUME_FILE) as temporary:
             trainer.save_checkpoint(temporary)
         self._saved = time.monotonic()

@@ -35,8 +35,11 @@ from genossm.models.heads import TrackHead
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.run_log import RESUME_FILE, RunLog
 from genossm.pipelines.training_module import TrainingModule
+from genossm.pipelines.training_stop import StopAfterStep, stop_asked
 from genossm.progress import say
 from genossm.run_config import RunConfig, load_run_config
+from genossm.scaling import Scaling
+from genossm.verified import verify_once
 from genossm.version import versions
 
 CONFIG_FILE = "config.yaml"
@@ -76,7 +79,9 @@ def train(
     """Train a model; keep the weights of the epoch with the best validation AUPRC.
 
     The run folder holds `model.safetensors` (the best model), `config.yaml` (resolved), `provenance.json`,
-    `metrics.csv` (a row per epoch), `tensorboard/`, and `last.ckpt`, from which `resume` goes on.
+    `metrics.csv` (a row per epoch), `tensorboard/`, and `last.ckpt`, from which `resume` goes on: the state after each
+    epoch, before its validation, every `train.save_minutes` in between, and after the step in hand where SIGTERM or
+    SIGINT stops the training (a second SIGINT stops it at once).
 
     Args:
         config: a YAML file, the name of a shipped configuration, or a `RunConfig`.
@@ -84,12 +89,13 @@ def train(
         out: the run folder; must not hold another run unless `resume`.
         device: `auto` (CUDA, or an error where there is none), `cuda`, `cuda:N` or `cpu`.
         seed: instead of the configuration's.
-        resume: go on with the run in `out` from its last whole epoch, with the configuration stored there; starts
-            from the beginning where no epoch was finished.
+        resume: go on with the run in `out` from its last saved step, with the configuration stored there; starts
+            from the beginning where nothing was saved.
         overrides: `a.b=value` settings on top of the configuration.
 
     Raises:
         ConfigError: the configuration or an override is wrong, or does not fit the dataset.
+        DataError: a file of the dataset is damaged, or it has a track with a `scale`, which training would not follow.
         CheckpointError: `out` holds a run and `resume` is False, or `resume` is True and the run there is another.
         DeviceError: the device is not there.
         TrainingError: it diverged, ran out of memory, or was stopped by a signal.
@@ -99,6 +105,8 @@ def train(
     resolved = _resolve(config, overrides, seed)
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
     chosen = pick_device(device)
+    _refuse_scaling(data)
+    verify_once(data)
     training, validation = _windows(data, resolved)
     provenance = _provenance(data, resolved, device=describe(chosen), began=began)  # opens the genome
     resumed = _prepare_folder(folder, resolved, data, resume=resume)
@@ -156,8 +164,8 @@ def train(
         write_csv="csv" in resolved.train.loggers,
         save_minutes=resolved.train.save_minutes,
     )
-    with _quiet_lightning():
-        trainer = _trainer(resolved, folder, chosen, precision, log)
+    with _quiet_lightning(), stop_asked() as asked:
+        trainer = _trainer(resolved, folder, chosen, precision, [log, StopAfterStep(log, asked)])
         try:
             trainer.fit(
                 module,
@@ -165,7 +173,7 @@ def train(
                 ckpt_path=folder / RESUME_FILE if resumed else None,
                 weights_only=True,
             )
-        except SystemExit as stop:  # what Lightning makes of SIGINT and SIGTERM
+        except SystemExit as stop:  # of `StopAfterStep`, or of Lightning after SIGTERM or a second SIGINT
             raise TrainingError(
                 f"training was stopped by a signal after {len(log.rows)} whole epochs; "
                 f"the same command with --resume goes on from the last saved step ({folder})"
@@ -186,6 +194,17 @@ def train(
         f"validation score of {log.best:.4f}; saved in {folder}"
     )
     return Run(folder, log.best_epoch, log.best, seconds)
+
+
+def _refuse_scaling(data: PreparedDataset) -> None:
+    """Training takes targets in the tracks' own units: a scale would have no effect, and nobody would notice."""
+    scaled = sorted(track for track, scaling in data.scaling.items() if scaling != Scaling())
+    if scaled:
+        raise DataError(
+            f"{data.folder} scales the targets of {', '.join(scaled)}, and training would not: it takes targets in the "
+            "track's own unit; remove `scale` from the dataset YAML and run prepare again (it only concerns "
+            "`targets(scaled=True)`)"
+        )
 
 
 def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
@@ -283,7 +302,7 @@ def _trainer(
     folder: Path,
     device: torch.device,
     precision: Literal["bf16-mixed", "32-true"],
-    log: RunLog,
+    callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
     loggers: list[Logger] = []
     if "tensorboard" in config.train.loggers:
@@ -295,7 +314,7 @@ def _trainer(
         max_epochs=config.train.epochs,
         check_val_every_n_epoch=config.train.valid_every,
         logger=loggers or False,
-        callbacks=[log],
+        callbacks=callbacks,
         plugins=[LightningEnvironment()],  # one process, also inside a queue's job
         default_root_dir=folder,
         enable_checkpointing=False,

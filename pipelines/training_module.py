@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genossm import metrics
 from genossm.errors import TrainingError
 from genossm.models.accessibility import AccessibilityModel
+from genossm.models.heads import TrackHead
 from genossm.models.parity import plain_name
 from genossm.pipelines.cuda_graphs import GraphedTraining
 from genossm.pipelines.weight_average import WeightAverage
+from genossm.ranking import BatchedMetrics, Measure, Ranking
 from genossm.run_config import TrainConfig
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -29,6 +30,10 @@ class TrainingModule(lightning.LightningModule):
         model: trained in place.
         config: see `TrainConfig`.
         total_steps: optimiser steps of the whole training, for warm-up and cosine decay.
+
+    Attributes:
+        before_validation: called where a state saved by the trainer is resumed with all of the validation: within its
+            first batch (a state of the epoch's last training batch would be resumed with the next epoch).
     """
 
     track_weights: Tensor
@@ -51,7 +56,8 @@ class TrainingModule(lightning.LightningModule):
         self._last_gradient: tuple[int, _Later] | None = None
         self.validation: dict[str, float] = {}
         self.thresholds: dict[str, float] = {}
-        self._outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._forget_validation()
+        self.before_validation: Callable[[], None] = _nothing
         self._forward: Callable[[Tensor], Tensor] = (
             torch.compile(model) if config.compile else GraphedTraining(model, record=config.cuda_graphs)
         )
@@ -121,44 +127,34 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.check_gradient()
-        self._outputs = []
+        self._forget_validation()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
+        if batch_index == 0:
+            self.before_validation()
         tokens, targets, mask = batch
         model = self.validated
         raw = self._cropped(model(tokens), targets)
-        losses = self._losses(raw, targets, mask)
-        self._outputs.append((model.heads.values(raw).cpu(), targets.cpu(), mask.cpu(), losses.cpu()))
+        self._validation_losses.append(self._losses(raw, targets, mask))
+        self._metrics.add(model.heads.values(raw), targets, mask)
 
     def on_validation_epoch_end(self) -> None:
-        tracks = self.model.tracks
-        values, targets, mask = (
-            torch.cat([output[index].flatten(0, 1) for output in self._outputs]).numpy() for index in range(3)
-        )
-        if not np.isfinite(values).all():
+        if not self._metrics.finite():
             raise TrainingError(
                 f"the model's predictions became NaN or infinite by step {self.global_step}; "
                 "lower train.learning_rate and start again"
             )
-        losses = torch.stack([output[3] for output in self._outputs]).mean(0)
+        losses = torch.stack(self._validation_losses).cpu().mean(0)
         self.validation = {"valid/loss": float((losses * self.track_weights.cpu()).sum())}
         self.thresholds = {}
         by_kind: dict[str, list[float]] = {"auprc": [], "pearson": []}
-        for index, track in enumerate(tracks):
-            keep = mask[:, index]
-            truth, score = targets[keep, index], values[keep, index]
-            if track.kind == "peaks":
-                result = {"auprc": metrics.auprc(truth, score), "auroc": metrics.auroc(truth, score)}
-                threshold = metrics.best_f1_threshold(truth, score)
-                if math.isfinite(threshold):
-                    self.thresholds[track.name] = threshold
+        for track, found in zip(self.model.tracks, self._metrics.results(), strict=True):
+            if isinstance(found, Ranking):
+                result = {"auprc": found.auprc, "auroc": found.auroc}
+                if math.isfinite(found.threshold):
+                    self.thresholds[track.name] = found.threshold
             else:
-                logarithm = track.loss == "poisson"
-                result = {
-                    "pearson": metrics.pearson(np.log1p(truth), np.log1p(score))
-                    if logarithm
-                    else metrics.pearson(truth, score)
-                }
+                result = {"pearson": found}
             for name, value in result.items():
                 self.validation[f"valid/{track.name}/{name}"] = value
                 if name in by_kind and math.isfinite(value):
@@ -166,7 +162,11 @@ class TrainingModule(lightning.LightningModule):
         for name, collected in by_kind.items():
             if collected:
                 self.validation[f"valid/{name}"] = float(np.mean(collected))
-        self._outputs = []
+        self._forget_validation()
+
+    def _forget_validation(self) -> None:
+        self._validation_losses: list[Tensor] = []
+        self._metrics = BatchedMetrics([_measure(track) for track in self.model.tracks])
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -194,6 +194,17 @@ class TrainingModule(lightning.LightningModule):
     def _cropped(raw: Tensor, targets: Tensor) -> Tensor:
         margin = (raw.shape[1] - targets.shape[1]) // 2
         return raw[:, margin : margin + targets.shape[1]]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _measure(track: TrackHead) -> Measure:
+    """Peaks by how they are ranked, counts on a logarithmic scale, other signal as it is."""
+    if track.kind == "peaks":
+        return "rank"
+    return "log_pearson" if track.loss == "poisson" else "pearson"
 
 
 class _Later:

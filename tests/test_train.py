@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import genossm as gs
 from genossm.dataset import PreparedDataset
-from genossm.errors import CheckpointError, ConfigError, FileError, TrainingError
+from genossm.errors import CheckpointError, ConfigError, DataError, FileError, TrainingError
 from genossm.loaders import WindowDataset
 from genossm.models.accessibility import AccessibilityModel, ModelConfig, reverse_complement
 from genossm.models.encoder import EncoderConfig, MixerName
@@ -55,10 +55,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without the wall time."""
+    """metrics.csv without what depends on the machine: the wall time, and how long the device had nothing to do."""
+    timing = ("seconds", "train/idle")
     with (folder / "metrics.csv").open() as table:
         return [
-            {key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(table)
+            {key: value for key, value in row.items() if key not in timing} for row in csv.DictReader(table)
         ]
 
 
@@ -136,7 +137,7 @@ def test_a_killed_training_resumes_to_the_same_curve(
         [*command, "-o", str(broken)], stderr=subprocess.DEVNULL, env=environment
     ) as process:
         deadline = time.monotonic() + 120
-        while not (broken / "last.ckpt").exists() or len(rows(broken)) < 3:
+        while not (broken / "metrics.csv").exists() or len(rows(broken)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(0.1)  # into the next epoch
@@ -403,6 +404,132 @@ def test_a_signal_is_told_and_is_no_success(
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("where", "at", "resumed_from"),
+    [
+        ("training_step", 5, 6),  # the second of the four steps of the second epoch
+        ("training_step", 7, 8),  # the last of it
+        ("validation_step", 8, 8),
+    ],
+)
+def test_a_signal_is_followed_at_the_end_of_the_step_and_resumes_there(
+    config: Path,
+    tiny_prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    where: str,
+    at: int,
+    resumed_from: int,
+) -> None:
+    """No state is saved within an epoch but by the signal; what follows is what an unbroken training does."""
+    settings = ["train.save_minutes=0", "train.epochs=3"]
+    whole = gs.train(config, tiny_prepared, tmp_path / "whole", device="cpu", overrides=settings)
+    original = getattr(TrainingModule, where)
+
+    def stopped(self: TrainingModule, batch: Any, index: int) -> Any:
+        if self.global_step == at and (where == "training_step" or index == 1):
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)  # a batch system may well send it again
+        return original(self, batch, index)
+
+    monkeypatch.setattr(TrainingModule, where, stopped)
+    with pytest.raises(TrainingError, match=r"stopped by a signal after 1 whole epochs.*--resume"):
+        gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", overrides=settings)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)["global_step"] == resumed_from
+    monkeypatch.setattr(TrainingModule, where, original)
+    steps: list[int] = []
+    step, validate = TrainingModule.training_step, TrainingModule.validation_step
+    validated: list[int] = []
+
+    def counting(self: TrainingModule, *arguments: Any) -> torch.Tensor:
+        steps.append(self.global_step)
+        return step(self, *arguments)
+
+    def counting_validation(self: TrainingModule, batch: Any, index: int) -> None:
+        validated.append(index)
+        validate(self, batch, index)
+
+    monkeypatch.setattr(TrainingModule, "training_step", counting)
+    monkeypatch.setattr(TrainingModule, "validation_step", counting_validation)
+    run = gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", resume=True, overrides=settings)
+    assert steps == list(range(resumed_from, 12))
+    assert validated == 2 * list(range(max(validated) + 1)) and max(validated) > 0
+    assert rows(run.path) == rows(whole.path) and len(rows(run.path)) == 3
+    stored = [load_file(folder / "model.safetensors") for folder in (whole.path, run.path)]
+    assert all(torch.equal(stored[1][name], tensor) for name, tensor in stored[0].items())
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_all_processes_is_followed_like_one_of_the_training(
+    config: Path, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    """Ctrl+C in a terminal reaches the processes that read, too."""
+    settings = ["train.epochs=60", "train.loader=processes", "train.workers=2"]
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    arguments = ["train", str(config), "--dataset", str(tiny_prepared), "--device", "cpu", *overrides]
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "genossm.cli", *arguments, "-o", str(run)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.csv").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("SIGINT: finishing the step in hand, then stopping") == 1
+    assert "training was stopped by a signal after" in errors and "Traceback" not in errors
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    assert state["global_step"] >= 4 * len(rows(run))
+
+
+def test_a_second_interrupt_stops_at_once(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+
+    def stopped(self: TrainingModule, batch: Any, index: int) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        ended.append(index)
+        raise AssertionError
+
+    monkeypatch.setattr(TrainingModule, "training_step", stopped)
+    with pytest.raises(TrainingError, match="stopped by a signal after 0 whole epochs"):
+        gs.train(config, tiny_prepared, tmp_path / "run", device="cpu")
+    assert not ended and not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_no_state_is_saved_after_the_last_step_of_an_epoch_before_its_validation(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the validation, a training that saves every step does not lose the epoch's figures."""
+    settings = ["train.save_minutes=1e-9", "train.epochs=2"]
+    whole = gs.train(config, tiny_prepared, tmp_path / "whole", device="cpu", overrides=settings)
+    validate = TrainingModule.validation_step
+
+    def killed(self: TrainingModule, batch: Any, index: int) -> None:
+        if self.global_step == 8:
+            raise RuntimeError("killed")
+        validate(self, batch, index)
+
+    monkeypatch.setattr(TrainingModule, "validation_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", overrides=settings)
+    monkeypatch.setattr(TrainingModule, "validation_step", validate)
+    run = gs.train(config, tiny_prepared, tmp_path / "broken", device="cpu", resume=True, overrides=settings)
+    assert rows(run.path) == rows(whole.path) and len(rows(run.path)) == 2
+
+
 def test_memory_that_runs_out_is_told(
     config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +552,36 @@ def test_a_genome_that_moved_is_told_before_anything_is_written(
     with pytest.raises(FileError, match="genome"):
         gs.train(config, copy, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scale_that_training_would_not_follow_is_refused(
+    config: Path, folder: Path, tmp_path: Path
+) -> None:
+    description = folder / "dataset.yaml"
+    plain = description.read_text()
+    for scale, refused in (("{}", False), ("{squash: log1p}", True)):
+        description.write_text(plain.replace("aggregate: sum", f"aggregate: sum, scale: {scale}"))
+        data = gs.prepare(description, tmp_path / "out")
+        if refused:
+            with pytest.raises(DataError, match=r"scales the targets of signal, .* remove `scale`"):
+                gs.train(config, data, tmp_path / "refused", device="cpu")
+            assert not (tmp_path / "refused").exists()
+        else:
+            gs.train(config, data, tmp_path / "run", device="cpu", overrides=["train.epochs=1"])
+
+
+def test_validation_of_many_bins_is_counted_and_close(
+    config: Path, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["train.epochs=2"]
+    exact = gs.train(config, tiny_prepared, tmp_path / "exact", device="cpu", overrides=settings)
+    monkeypatch.setattr("genossm.ranking.EXACT_BYTES", 1)
+    counted = gs.train(config, tiny_prepared, tmp_path / "counted", device="cpu", overrides=settings)
+    for one, other in zip(rows(exact.path), rows(counted.path), strict=True):
+        for name in one:
+            assert float(other[name]) == pytest.approx(float(one[name]), abs=2e-3 if "au" in name else 1e-6)
+    thresholds = [run.load().threshold["peaks"] for run in (exact, counted)]
+    assert thresholds[0] == pytest.approx(thresholds[1], abs=0.01)
 
 
 def test_predictions_that_overflow_are_told(config: Path, tiny_prepared: Path, tmp_path: Path) -> None:
