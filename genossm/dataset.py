@@ -122,6 +122,7 @@ class PreparedDataset:
             on how many chromosomes two splits meet (`shared_chromosomes`), and the fewest bp between a window
             of one and a target of another (`nearest_bp`, None where they never meet).
         provenance: inputs with their hashes, the genome's hash, version and date.
+        files: bytes and sha256 of each file that `prepare` wrote beside dataset.json.
 
     Raises:
         DataError: the folder is no complete prepared dataset of this format version.
@@ -161,7 +162,7 @@ class PreparedDataset:
         }
         self.split_check: dict[str, int | None] = content["split_check"]
         self.provenance: dict[str, Any] = content["provenance"]
-        self._files: dict[str, dict[str, Any]] = content["files"]
+        self.files: dict[str, dict[str, Any]] = content["files"]
         self._genome_record: dict[str, Any] = content["genome"]
         self._genome_override = None if genome is None else Path(genome).absolute()
         self._file: h5py.File | None = None
@@ -286,13 +287,22 @@ class PreparedDataset:
             self._masks[chrom] = MaskParts(starts, ends, attributes["absent"], bool(attributes["own"]))
         return self._masks[chrom]
 
+    @property
+    def content_hash(self) -> str:
+        """A hash of what is in it, sequence, targets and windows; the same wherever it lies."""
+        parts = [
+            self._genome_record["sequence_sha256"],
+            *(self.files[name]["sha256"] for name in sorted(self.files)),
+        ]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
     def verify(self) -> None:
         """Read the files whole, and compare them with what `prepare` wrote.
 
         Raises:
             DataError: a file is damaged.
         """
-        for name, entry in self._files.items():
+        for name, entry in self.files.items():
             with (self.folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise DataError(

@@ -27,6 +27,7 @@ from genossm.pipelines.benchmark_encoder_cases import TRACKS
 from genossm.pipelines.benchmark_gpu import exponent, hardware
 from genossm.pipelines.benchmark_predict_loop import loop
 from genossm.pipelines.benchmark_rivals import sized_like
+from genossm.pipelines.chromosome import chosen_chunk_bp
 from genossm.pipelines.cuda_graphs import GraphedPrediction
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.predict import predict
@@ -41,7 +42,8 @@ LOOP_LENGTH = 12_000_000
 """What loop and Transformer are given: they are linear in the length, and slow."""
 N_SHARE = 0.07
 """Of a chromosome, in one run, as in human chromosome 1."""
-WARM_UP_BP = 400_000
+WARM_UP_BP = {"cpu": 400_000, "cuda": 4_000_000}
+"""On a GPU more than a whole batch and a whole chunk, whose kernels are compiled for their own sizes."""
 LINE = 60
 
 By = Literal["genossm windows", "genossm chromosome", "a loop", "Transformer, windows"]
@@ -55,7 +57,8 @@ class PredictRow:
 
     Attributes:
         seconds: from the call until the bigWig is there; Mbp/s are all of the chromosome's bases over them.
-        model_share: the time that the model alone takes for the same windows over `seconds`; None where not measured.
+        model_share: the time that the model alone takes, for the same windows or on random codes of the same length, over
+            `seconds`; None where not measured.
         device_mib: the most that PyTorch had reserved on the device.
         host_mib: the most resident memory of the process.
         start_s: imports, loading and compiling before that.
@@ -192,7 +195,7 @@ class _Bench:
             by,
             str(self._run("Transformer" if by.startswith("Transformer") else "own")),
             str(self._genome(length_bp)),
-            str(self._genome(WARM_UP_BP)),
+            str(self._genome(_warm_up_bp(self.device))),
             str(self._out(by, length_bp)),
             self.device,
             self.precision,
@@ -296,6 +299,8 @@ def _work(job: _Job, sender: Any) -> None:
         }
         if job.by.endswith("windows"):
             found["model_share"] = _model_seconds(job) / seconds
+        elif job.by.endswith("chromosome"):
+            found["model_share"] = _stream_seconds(job) / seconds
     except Exception as error:  # told in the row
         traceback.print_exc()
         found = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
@@ -318,6 +323,34 @@ def _once(job: _Job, genome: str, out: str) -> None:
         precision=job.precision,
         **batch,  # type: ignore[arg-type]
     )
+
+
+def _warm_up_bp(device: str) -> int:
+    return WARM_UP_BP[torch.device(device).type]
+
+
+def _stream_seconds(job: _Job) -> float:
+    """What `stream` alone takes for random codes of the chromosome's length: codes and features stay on the device."""
+    device = torch.device(job.device)
+    model = checkpoint.load(job.run).to(device).eval()
+    trunk_bp, chunk_bp = model.encoder.trunk_bp, chosen_chunk_bp(model, None, device)
+    length_bp = (
+        -(-Genome(job.genome, cache_dir=Path(job.genome).parent).lengths["chr"] // trunk_bp) * trunk_bp
+    )
+    tokens = torch.randint(0, 4, (1, length_bp), dtype=torch.int8, device=device)
+    seconds = 0.0
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
+        for end in (
+            min(length_bp, _warm_up_bp(job.device) // trunk_bp * trunk_bp),
+            length_bp,
+        ):  # the first one warms up
+            began = time.perf_counter()
+            for _ in model.stream(tokens[:, :end], chunk_bp=chunk_bp, keep="device"):
+                pass
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+    return seconds
 
 
 def _model_seconds(job: _Job) -> float:

@@ -28,7 +28,14 @@ def _facts(result: PredictBenchmark) -> list[Fact]:
         (
             "method",
             "one run each in a process of its own, after a short one that compiles: from the call until the bigWig is "
-            "there; memory: the most that PyTorch reserved on the device, and resident on the host",
+            "there; memory: the most that PyTorch reserved on the device, and resident on the host. Model's share: of these "
+            "seconds, what the model alone takes: in windows mode its fastest batch times the batches with bases, in "
+            "chromosome mode one `stream` of random codes of the whole length, with all features on the device",
+        ),
+        (
+            "chromosome mode",
+            "between layers the features of the whole chromosome wait on the device, up to a quarter of what is free there, so "
+            "its device memory grows with the length up to that; with --spill it does not",
         ),
     ]
     if result.growth:

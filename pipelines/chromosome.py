@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from genossm.code_reader import CodeReader
 from genossm.errors import ConfigError, DataError, DeviceError, FileError
 from genossm.genome import Genome
 from genossm.models.accessibility import AccessibilityModel
 from genossm.pipelines.device import describe
-from genossm.pipelines.selection import Selection
 from genossm.pipelines.windowed import gap_bins
 from genossm.windows import Window
 
@@ -52,12 +51,6 @@ def chosen_chunk_bp(model: AccessibilityModel, chunk_bp: int | None, device: tor
     return chunk_bp
 
 
-def whole_chromosomes(selection: Selection) -> Selection:
-    """The same bins, with one window for each chromosome: all of it, without margins."""
-    windows = tuple(Window(chrom, 0, selection.lengths[chrom]) for chrom in selection.bins)
-    return replace(selection, windows=windows, margin_bp=0)
-
-
 def predict_chromosomes(
     model: AccessibilityModel,
     genome: Genome,
@@ -72,12 +65,13 @@ def predict_chromosomes(
     """For each chromosome, in order, its values: float32 (bins, tracks), NaN in bins of which more than half is N.
 
     The chromosome's end is padded with "no base" to a multiple of the trunk's bin. One of nothing but N never reaches
-    the model, which computes in float32.
+    the model, which computes in its own type, or in that of the autocast around each `next` (bf16 on CUDA, from
+    `predict`, unless it is told otherwise).
 
     Args:
         model: the model, on the device and in evaluation mode.
         genome: where the sequence comes from.
-        windows: one for each chromosome, see `whole_chromosomes`.
+        windows: one for each chromosome, see `selection.whole_chromosomes`.
         chunk_bp: base pairs at once, see `chosen_chunk_bp`; changes speed and memory, and results by rounding only.
         device: where to compute.
         spill: a folder for the features between layers, which then wait there and not in memory.
@@ -89,9 +83,9 @@ def predict_chromosomes(
         DeviceError: a chunk does not fit into the device's memory.
         FileError: the features cannot be kept in the folder.
     """
-    folder = Path(overflow if spill is None else spill)
+    folder, reader = Path(overflow if spill is None else spill), CodeReader(genome)
     for chrom in (window.chrom for window in windows):
-        gap = _gaps(genome, chrom, model.bin_bp)
+        gap = _gaps(reader, chrom, genome.lengths[chrom], model.bin_bp)
         if gap.all():
             if progress is not None:
                 progress(genome.lengths[chrom])
@@ -100,7 +94,9 @@ def predict_chromosomes(
         padded_bp = -(-genome.lengths[chrom] // model.encoder.trunk_bp) * model.encoder.trunk_bp
         keep = folder if spill is not None else _place(model, padded_bp, device, folder)
         try:
-            values = _values(model, genome, chrom, padded_bp, chunk_bp, keep, progress)[: len(gap)]
+            values = _values(
+                model, reader, chrom, genome.lengths[chrom], padded_bp, chunk_bp, keep, progress
+            )[: len(gap)]
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{describe(device)} has not enough memory for chunks of {chunk_bp:,} bp; make them shorter (--chunk-bp)"
@@ -120,8 +116,9 @@ def predict_chromosomes(
 
 def _values(
     model: AccessibilityModel,
-    genome: Genome,
+    reader: CodeReader,
     chrom: str,
+    length_bp: int,
     padded_bp: int,
     chunk_bp: int,
     keep: Literal["cpu", "device"] | Path,
@@ -130,14 +127,16 @@ def _values(
     """The values of all bins of the padded chromosome: float32 (bins, tracks)."""
 
     def read(start: int, end: int) -> Tensor:
-        return torch.from_numpy(genome.window(chrom, start, end))[None]
+        codes = np.empty(end - start, dtype=np.int8)
+        reader.fill(codes, chrom, start)
+        return torch.from_numpy(codes)[None]
 
     done, told = 0.0, 0
 
     def advance(share: float) -> None:
         nonlocal done, told
         done += share
-        reached = round(done * genome.lengths[chrom])
+        reached = round(done * length_bp)
         if progress is not None and reached > told:
             progress(reached - told)
             told = reached
@@ -149,13 +148,13 @@ def _values(
     return values
 
 
-def _gaps(genome: Genome, chrom: str, bin_bp: int) -> npt.NDArray[np.bool_]:
+def _gaps(reader: CodeReader, chrom: str, length_bp: int, bin_bp: int) -> npt.NDArray[np.bool_]:
     """bool (bins,): true where more than half of a bin's bases is N; piece by piece, without a copy of the chromosome."""
-    length_bp, piece_bp = genome.lengths[chrom], GAP_BINS * bin_bp
-    gaps = []
+    piece_bp, gaps = GAP_BINS * bin_bp, []
     for start in range(0, length_bp, piece_bp):
         end = min(start + piece_bp, -(-length_bp // bin_bp) * bin_bp)
-        codes = genome.window(chrom, start, end)
+        codes = np.empty(end - start, dtype=np.int8)
+        reader.fill(codes, chrom, start)
         gaps.append(gap_bins(codes, Window(chrom, start, end), 0, bin_bp, length_bp))
     return np.concatenate(gaps)
 

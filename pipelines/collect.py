@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from genossm.outputs.bed import call_regions, write_narrowpeak, write_notes
-from genossm.outputs.bigwig import write_bigwig
-from genossm.outputs.hdf5 import write_hdf5
+from genossm.errors import ConfigError
+from genossm.outputs.bed import write_notes
+from genossm.outputs.bigwig import FIXED_BYTES
 from genossm.pipelines.parts import Parts
-from genossm.pipelines.plan import PlannedTrack
+from genossm.pipelines.track_files import (
+    ARRAYS,
+    FILES_FOLDER,
+    Record,
+    made,
+    names_of,
+    qc_rows,
+    recorded,
+    write_files,
+)
+from genossm.pipelines.worker_pool import in_processes
+from genossm.progress import progress, say
+
+MOST_JOBS = 8
+POOL_FROM_VALUES = 1 << 23
+"""Fewer values than these are written sooner than processes start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,127 +45,105 @@ class PredictionResult:
     summary: Mapping[str, Any]
 
 
-def collect(folder: Path, parts: Parts) -> tuple[tuple[Path, ...], dict[str, Any]]:
-    """Write the files of a prediction whose parts are complete; holds one track of one chromosome at a time.
+def collect(folder: Path, parts: Parts, jobs: int | None = None) -> tuple[tuple[Path, ...], dict[str, Any]]:
+    """Write the files of a prediction whose parts are complete; those that a killed run of it completed are kept.
+
+    They are written beside the parts, and moved to `folder` when all are there.
+
+    Args:
+        folder: the output folder.
+        parts: what is written.
+        jobs: processes that write tracks, each a piece of a chromosome at a time; None takes all cores, at most 8, and
+            none but this one for little.
 
     Returns:
         the files in the order written, and the summary that `PredictionResult` describes.
 
     Raises:
+        ConfigError: `jobs` is below 1.
         DataError: every bin is a gap, or a value is too large for float16.
         FileError: the disk is full.
     """
-    plan, selection = parts.plan, parts.selection
-    lengths, bin_bp = selection.lengths, plan.bin_bp
-    files: list[Path] = []
-    ranges = [
-        (lengths[chrom], first, stop)
-        for chrom, rows in selection.bins.items()
-        for first, stop in rows.tolist()
-    ]
-    bases = sum(min(stop * bin_bp, length) - first * bin_bp for length, first, stop in ranges)
-    summary: dict[str, Any] = {"bases": bases, "bins": plan.bin_total, "gap_bins": 0, "tracks": {}}
-    notes = _Notes(parts)
-    for index, track in enumerate(plan.tracks):
-        row: dict[str, Any] = {"kind": track.kind}
-        tally = _Tally()
-        slices = (
-            (chrom, notes.add(chrom, index, track, tally.add(parts.track(chrom, index))), 0)
-            for chrom in selection.bins
-        )
-        if plan.options.sequences:
-            for _ in slices:  # only counted: sequences have no coordinates for a bigWig
-                pass
-        else:
-            files.append(folder / f"{track.name}.bw")
-            write_bigwig(files[-1], lengths, slices, bin_bp)
-            row["file"] = files[-1].name
-        row |= tally.summary() | {"out_of_range": notes.out_of_range[track.name]}
-        summary["gap_bins"] = plan.bin_total - tally.count
-        if track.name in plan.options.thresholds:
-            threshold = plan.options.thresholds[track.name]
-            files.append(folder / f"{track.name}.narrowPeak")
-            row["threshold"] = threshold
-            row["regions"] = write_narrowpeak(
-                files[-1],
-                (
-                    (chrom, call_regions(parts.track(chrom, index), bin_bp, lengths[chrom], threshold))
-                    for chrom in selection.bins
-                ),
-                name=track.name,
-            )
-        summary["tracks"][track.name] = row
-    if plan.options.hdf5 or plan.options.sequences:
-        files.append(folder / ("sequences.h5" if plan.options.sequences else "predictions.h5"))
-        write_hdf5(
-            files[-1],
-            ((chrom, lengths[chrom], parts.slices(chrom)) for chrom in selection.bins),
-            tracks=[track.name for track in plan.tracks],
-            bin_bp=bin_bp,
-            assembly="" if plan.options.sequences else plan.assembly,
-            dtype=plan.options.hdf5 or "float16",
-        )
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs is {jobs}; it must be at least 1")
+    plan = parts.plan
+    arrays = [ARRAYS] if plan.options.hdf5 or plan.options.sequences else []
+    records = _records(parts, [*arrays, *range(len(plan.tracks))], jobs)
+    ordered = [records[index] for index in range(len(plan.tracks))]
+    names = [name for index in [*range(len(plan.tracks)), *arrays] for name in names_of(parts, index)]
+    summary = _summary(parts, ordered)
+    for name in names:
+        written = parts.folder / FILES_FOLDER / name
+        if written.exists():  # else it was moved before this was killed
+            os.replace(written, folder / name)
     if not plan.options.sequences:
-        files.append(folder / "qc.bed")
-        write_notes(files[-1], notes.rows())
-    return tuple(files), summary
+        names.append("qc.bed")
+        write_notes(folder / "qc.bed", qc_rows(parts, [record["runs"] for record in ordered]))
+    return tuple(folder / name for name in names), summary
 
 
-class _Tally:
-    """Count, mean and maximum of the values that pass by, gaps left out."""
-
-    def __init__(self) -> None:
-        self.count, self._sum, self._top = 0, 0.0, -np.inf
-
-    def add(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Take the values in and hand them on."""
-        present = values[~np.isnan(values)]
-        self.count += present.size
-        self._sum += float(present.sum(dtype=np.float64))
-        self._top = max(self._top, float(present.max(initial=-np.inf)))
-        return values
-
-    def summary(self) -> dict[str, float | None]:
-        """`mean` and `max`, None where there were no values."""
-        if not self.count:
-            return {"mean": None, "max": None}
-        return {"mean": self._sum / self.count, "max": self._top}
+def _records(parts: Parts, indices: Sequence[int], jobs: int | None) -> dict[int, Record]:
+    """The record of each track and of the arrays, after all of them have been written."""
+    digest = parts.digest()
+    found = {index: record for index in indices if (record := recorded(parts, digest, index)) is not None}
+    missing = [index for index in indices if index not in found]
+    if found:
+        say(f"kept the files of {len(found):,} of {len(indices):,} tracks and arrays that were complete")
+    if not missing:
+        return found
+    (parts.folder / FILES_FOLDER).mkdir(exist_ok=True)
+    free_bytes = shutil.disk_usage(parts.folder).free
+    processes = writers(parts.plan.bin_total, len(missing), jobs, free_bytes)
+    with progress(total=len(missing), unit="file", description="write") as bar:
+        for index, record in _written(parts, digest, missing, processes):
+            found[index] = record
+            bar.update(1)
+    return found
 
 
-class _Notes:
-    """Runs of wanted bins without a value, and of values that are beyond what a track's can mean."""
+def _written(
+    parts: Parts, digest: str, indices: Sequence[int], processes: int
+) -> Iterator[tuple[int, Record]]:
+    if processes == 1:
+        for index in indices:
+            yield index, made(parts, digest, index)
+        return
+    tasks = [(parts.folder.parent.absolute(), digest, index) for index in indices]
+    records = in_processes(write_files, tasks, jobs=processes, advance=lambda _: None)
+    for number, record in records:
+        yield indices[number], record
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._runs: dict[str, list[tuple[str, npt.NDArray[np.int64]]]] = {}
-        self.out_of_range = {track.name: 0 for track in parts.plan.tracks}
 
-    def add(
-        self, chrom: str, index: int, track: PlannedTrack, values: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
-        """Take the values of one track in and hand them on."""
-        if index == 0:  # a bin is a gap in all tracks
-            self._note(chrom, "gap", np.isnan(values) & self._parts.selection.wanted(chrom))
-        beyond = np.zeros(values.shape, dtype=np.bool_)
-        if track.low is not None:
-            beyond |= values < track.low
-        if track.high is not None:
-            beyond |= values > track.high
-        self.out_of_range[track.name] += int(beyond.sum())
-        self._note(chrom, f"out_of_range:{track.name}", beyond)
-        return values
+def writers(bins: int, files: int, jobs: int | None, free_bytes: int) -> int:
+    """How many processes write so many tracks of so many bins, where `jobs` were asked for (None: what suits).
 
-    def rows(self) -> Iterator[tuple[str, int, int, str]]:
-        """(chrom, start, end, what) in base pairs, sorted."""
-        for chrom, found in self._runs.items():
-            length_bp, bin_bp = self._parts.selection.lengths[chrom], self._parts.plan.bin_bp
-            yield from sorted(
-                (chrom, first * bin_bp, min(stop * bin_bp, length_bp), what)
-                for what, runs in found
-                for first, stop in runs.tolist()
-            )
+    No more than there is room for on the disk: a bigWig is told its room beforehand.
+    """
+    if jobs is None:
+        if bins * files < POOL_FROM_VALUES:
+            return 1
+        jobs = min(MOST_JOBS, _cores())
+    return max(1, min(jobs, files, free_bytes // max(1, FIXED_BYTES * bins)))
 
-    def _note(self, chrom: str, what: str, there: npt.NDArray[np.bool_]) -> None:
-        if there.any():
-            runs = np.flatnonzero(np.diff(np.concatenate(([False], there, [False])).astype(np.int8)))
-            self._runs.setdefault(chrom, []).append((what, runs.reshape(-1, 2)))
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def _summary(parts: Parts, records: Sequence[Record]) -> dict[str, Any]:
+    plan, lengths = parts.plan, parts.selection.lengths
+    bases = sum(
+        min(stop * plan.bin_bp, lengths[chrom]) - first * plan.bin_bp
+        for chrom, rows in plan.bins.items()
+        for first, stop in rows
+    )
+    return {
+        "bases": bases,
+        "bins": plan.bin_total,
+        "gap_bins": plan.bin_total - records[-1]["count"],
+        "tracks": {track.name: record["row"] for track, record in zip(plan.tracks, records, strict=True)},
+    }

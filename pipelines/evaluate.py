@@ -29,9 +29,11 @@ from genossm.pipelines.windowed import placed, predict_chromosome
 from genossm.progress import progress, say
 from genossm.rebin import rebin, rebin_mean
 from genossm.targets import MASKED_SHARE, masked_bins, peak_bins
+from genossm.verified import verify_once
 from genossm.version import versions
 
 COLUMNS = ("track", "kind", "bins", "positive_rate", "auroc", "auprc", "pearson", "spearman")
+_PIECE_BINS = 1 << 17
 Model = AccessibilityModel | str | os.PathLike[str]
 Pair = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
@@ -83,7 +85,7 @@ def evaluate(
 
     Raises:
         DataError: unknown split or track, a track the model lacks or has as another kind, other bins or
-            assembly.
+            assembly, or a file of the dataset is damaged.
         DeviceError: the device is not there.
     """
     table, _ = _evaluate(
@@ -165,6 +167,7 @@ def _evaluate(
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
     chroms = _chromosomes(data, split)
     wanted = _wanted_tracks(data, tracks)
+    verify_once(data)
     if resolution is not None and resolution < data.bin_bp:
         raise DataError(
             f"resolution {resolution} bp is finer than the {data.bin_bp}-bp bins of {data.folder}; "
@@ -268,7 +271,7 @@ def paired_bins(
         One pair of float32 arrays (kept bins,) per track.
     """
     columns = [dataset.track_names.index(track.name) for track in tracks]
-    mask, targets = dataset.mask(chrom)[:, columns], dataset.targets(chrom)[:, columns]
+    mask, targets = _mask_and_targets(dataset, chrom, columns)
     if resolution_bp is None:
         return [(targets[keep, i], predicted[keep, i]) for i, keep in enumerate(mask.T)]
     length_bp, bin_bp = dataset.lengths[chrom], dataset.bin_bp
@@ -291,6 +294,20 @@ def paired_bins(
         both = both[kept[:, i] & ~np.isnan(both[:, 0])]
         pairs.append((both[:, 0], both[:, 1]))
     return pairs
+
+
+def _mask_and_targets(
+    dataset: PreparedDataset, chrom: str, columns: Sequence[int]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
+    """Both (bins, columns) of a chromosome; the tracks that are not wanted are read a piece at a time, and not kept."""
+    bins = dataset.bins(chrom)
+    mask = np.empty((bins, len(columns)), np.bool_)
+    targets = np.empty((bins, len(columns)), np.float32)
+    for start in range(0, bins, _PIECE_BINS):
+        piece = slice(start, min(start + _PIECE_BINS, bins))
+        mask[piece] = dataset.mask(chrom, piece.start, piece.stop)[:, columns]
+        targets[piece] = dataset.targets(chrom, piece.start, piece.stop)[:, columns]
+    return mask, targets
 
 
 def _collect(

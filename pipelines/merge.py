@@ -29,16 +29,19 @@ RUN_FILE = "run.json"
 MOST_NAMED = 8
 
 
-def merge(folder: str | os.PathLike[str]) -> PredictionResult:
+def merge(folder: str | os.PathLike[str], *, jobs: int | None = None) -> PredictionResult:
     """Write the files of a prediction whose parts are complete, then remove the parts.
 
     Each part is checked for its bins, shape, identity and checksum, and every wanted bin must be in exactly one of
-    them. The model and the genome are not needed. A folder that was merged before is left as it is.
+    them. The model and the genome are not needed. A folder that was merged before is left as it is; a merger that was
+    killed goes on with the tracks that it had not written.
 
     Args:
         folder: the output folder of `predict`.
+        jobs: processes that write tracks; None takes all cores, at most 8, and none but this one for little.
 
     Raises:
+        ConfigError: `jobs` is below 1.
         DataError: there is no unfinished prediction, or parts are missing, damaged or there twice; the message names
             them and the commands that make them.
         FileError: the disk is full.
@@ -59,10 +62,10 @@ def merge(folder: str | os.PathLike[str]) -> PredictionResult:
             return done
         parts = Parts(folder, plan)
         _refuse_faults(parts)
-        return finish(folder, parts, _times(shard_records(folder)))
+        return finish(folder, parts, _times(shard_records(folder)), jobs)
 
 
-def finish(folder: Path, parts: Parts, times: Mapping[str, Any]) -> PredictionResult:
+def finish(folder: Path, parts: Parts, times: Mapping[str, Any], jobs: int | None = None) -> PredictionResult:
     """Prove that the parts are complete, write all files of the prediction and run.json, and remove the parts.
 
     Call it within `alone`. What an earlier prediction left in the folder goes first.
@@ -73,7 +76,7 @@ def finish(folder: Path, parts: Parts, times: Mapping[str, Any]) -> PredictionRe
     for name in set(_recorded(folder).get("files", ())) - set(names):
         (folder / name).unlink(missing_ok=True)
     (folder / RUN_FILE).unlink(missing_ok=True)
-    files, summary = collect(folder, parts)
+    files, summary = collect(folder, parts, jobs)
     record = {
         "genossm": __version__,
         "identity": plan.identity,
@@ -204,9 +207,10 @@ def _commands(parts: Parts, indices: Sequence[int]) -> list[str]:
 def _times(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What run.json says of who computed when: the first start, the devices, the seconds of all jobs together."""
     done = [record for record in records if "seconds" in record]
+    batches = sorted({record["batch_size"] for record in done if record["batch_size"] is not None})
     return {
         "device": ", ".join(sorted({record["device"] for record in done})),
-        "batch_size": next((record["batch_size"] for record in done), None),
+        "batch_size": batches[0] if len(batches) == 1 else batches or None,
         "started": min((record["started"] for record in done), default=None),
         "seconds": round(sum(record["seconds"] for record in done), 1),
         "shards": [{name: value for name, value in record.items() if name != "at"} for record in done],

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cached_property, lru_cache
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from genossm.atomic import atomic_path
-from genossm.errors import GenossmError
+from genossm.errors import DataError, FileError, GenossmError
+from genossm.outputs.hdf5 import CHUNK_BINS
+from genossm.pipelines.part_file import PartFile, write_part
 from genossm.pipelines.plan import PARTS_FOLDER, PLAN_FILE, Plan
 from genossm.progress import say
 from genossm.windows import Window
 
 SUFFIX = ".safetensors"
+PIECE_BINS = 1 << 18
+"""Bins of a track that are read at once. Pieces lie on a fixed grid: what is made of them depends on no part's size."""
+PIECE_VALUES = 1 << 20
+"""Values of all tracks together that are read at once."""
 Compute = Callable[[Sequence[Sequence[Window]]], Iterator[npt.NDArray[np.float32]]]
 Spans = list[list[Any]]
+_Place = tuple[int, int, int, int]
+"""(part, column in it, first bin, past-the-last bin)."""
 
 
 class PredictionStopped(GenossmError, InterruptedError):
@@ -54,15 +60,21 @@ class Parts:
         self.plan = plan
         self.selection = selection = plan.selection
         self.groups = _grouped(selection.windows, plan.part_bp)
-        # Per chromosome where its windows lie: (part, column in it, first bin, past-the-last bin).
-        self._places: dict[str, list[tuple[int, int, int, int]]] = {}
+        self._places: dict[str, list[_Place]] = {}  # per chromosome, where its windows lie
         for index, group in enumerate(self.groups):
             column = 0
             for window in group:
                 first, stop = selection.target_bins(window)
-                self._places.setdefault(window.chrom, []).append((index, column, first, stop))
-                column += stop - first
-        self._opened = lru_cache(maxsize=1)(self._open)  # neighbouring chromosomes share a part
+                places = self._places.setdefault(window.chrom, [])
+                if places and places[-1][0] == index and places[-1][3] == first:  # read both at once
+                    _, begin, first, _ = places.pop()
+                    places.append((index, begin, first, stop))
+                    column = begin + stop - first
+                else:
+                    places.append((index, column, first, stop))
+                    column += stop - first
+        # Pieces of some parts, and neighbouring chromosomes, share one.
+        self._opened = lru_cache(maxsize=4)(lambda index: PartFile(self.path(index)))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -117,7 +129,7 @@ class Parts:
                         f"stopped after the part in hand, as asked: {there + done} of {there + len(missing)} parts are "
                         f"in {self.folder}; run the same command again to go on"
                     )
-                values = np.concatenate([next(blocks) for _ in self.groups[index]])
+                values = self._gathered(index, blocks)
                 if written is not None:
                     written.result()
                 written = writer.submit(self._write, index, values)
@@ -130,21 +142,20 @@ class Parts:
         path = self.path(index)
         spans = self._spans(index)
         shape = (len(self.plan.tracks), sum(stop - first for _, first, stop in spans))
-        try:
-            with safe_open(path, framework="numpy") as stored:
-                said = stored.metadata() or {}
-                if said.get("identity") != self.plan.key:
-                    return "is of another prediction"
-                if json.loads(said["spans"]) != spans:
-                    return f"is one doubled: it holds what is at {_where(json.loads(said['spans']))}"
-                values = stored.get_tensor("values")
-        except FileNotFoundError:
+        if not path.is_file():
             return "is missing"
-        except (SafetensorError, OSError, KeyError, ValueError):
+        try:
+            stored = PartFile(path)
+            said = stored.said
+            if said.get("identity") != self.plan.key:
+                return "is of another prediction"
+            if json.loads(said["spans"]) != spans:
+                return f"is one doubled: it holds what is at {_where(json.loads(said['spans']))}"
+            if stored.shape != shape or stored.dtype != np.float32:
+                return f"has values {stored.dtype} {stored.shape} and not float32 {shape}"
+            return "" if said.get("crc32") == stored.checksum() else "has a wrong checksum"
+        except (DataError, FileError, KeyError, ValueError):
             return "is truncated or damaged"
-        if values.shape != shape or values.dtype != np.float32:
-            return f"has values {values.dtype} {values.shape} and not float32 {shape}"
-        return "" if said.get("crc32") == _checksum(values) else "has a wrong checksum"
 
     def where(self, index: int) -> str:
         """The stretch of a part: "chrI:0-98304" up to its last window."""
@@ -159,38 +170,75 @@ class Parts:
         """Per chromosome, how often each range of bins is in the parts, as the files themselves say."""
         found: dict[str, Counter[tuple[int, int]]] = {}
         for index in range(len(self)):
-            with safe_open(self.path(index), framework="numpy") as stored:
-                for chrom, first, stop in json.loads(stored.metadata()["spans"]):
-                    found.setdefault(chrom, Counter())[first, stop] += 1
+            for chrom, first, stop in json.loads(PartFile(self.path(index)).said["spans"]):
+                found.setdefault(chrom, Counter())[first, stop] += 1
         return found
+
+    def digest(self) -> str:
+        """A short name of all values: what is made of these parts is not made of others, nor with other options."""
+        named = hashlib.sha256(json.dumps([self.plan.key, asdict(self.plan.options)]).encode())
+        for index in range(len(self)):
+            named.update(PartFile(self.path(index)).said["crc32"].encode())
+        return named.hexdigest()[:32]
 
     def track(self, chrom: str, track: int) -> npt.NDArray[np.float32]:
         """float32 (bins,) of one track on a whole chromosome; bins that were not asked for are NaN."""
         selection = self.selection
         values = np.full(-(-selection.lengths[chrom] // selection.bin_bp), np.nan, dtype=np.float32)
-        for index, places in groupby(self._places[chrom], key=itemgetter(0)):
-            stored = self._opened(index)
-            for _, column, first, stop in places:
-                values[first:stop] = stored[track, column : column + stop - first]
-        values[~selection.wanted(chrom)] = np.nan
+        for first, piece in self.pieces(chrom, track):
+            values[first : first + len(piece)] = piece
         return values
 
+    def pieces(self, chrom: str, track: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(first bin, float32 (bins,)) of one track along a chromosome; bins that were not asked for are NaN, or left out."""
+        for low, high, places in self._cells(chrom, PIECE_BINS):
+            values = np.full(high - low, np.nan, dtype=np.float32)
+            for index, column, first, stop in places:
+                values[first - low : stop - low] = self._opened(index).read(
+                    track, column, column + stop - first
+                )
+            values[~self.selection.wanted(chrom, low, high)] = np.nan
+            yield low, values
+
     def slices(self, chrom: str) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(first bin, float32 (bins, tracks)) of each window on a chromosome; bins not asked for are NaN."""
-        wanted = self.selection.wanted(chrom)
-        for index, places in groupby(self._places[chrom], key=itemgetter(0)):
-            stored = self._opened(index)
-            for _, column, first, stop in places:
-                block = stored[:, column : column + stop - first].T.copy()
-                block[~wanted[first:stop]] = np.nan
-                yield first, block
+        """(first bin, float32 (bins, tracks)) of stretches with windows of a chromosome; bins not asked for are NaN."""
+        tracks = len(self.plan.tracks)
+        cell_bins = max(1, PIECE_VALUES // tracks // CHUNK_BINS) * CHUNK_BINS
+        for _, _, places in self._cells(chrom, cell_bins):
+            for run in _joined(places):
+                low, high = run[0][2], run[-1][3]
+                block = np.empty((high - low, tracks), dtype=np.float32)
+                for index, column, first, stop in run:
+                    stored = self._opened(index)
+                    for track in range(tracks):
+                        block[first - low : stop - low, track] = stored.read(
+                            track, column, column + stop - first
+                        )
+                block[~self.selection.wanted(chrom, low, high)] = np.nan
+                yield low, block
+
+    def _cells(self, chrom: str, most_bins: int) -> Iterator[tuple[int, int, list[_Place]]]:
+        """Stretches [low, high) of bins on a grid, with what is stored of each; those without anything are left out.
+
+        The last one takes in a rest that is shorter than half of one.
+        """
+        stored = self._places[chrom]
+        total = -(-self.selection.lengths[chrom] // self.selection.bin_bp)
+        for number in range(max(1, (total + most_bins // 2) // most_bins)):
+            low = number * most_bins
+            high = total if total - low < most_bins + most_bins // 2 else low + most_bins
+            begin = bisect_right(stored, low, key=itemgetter(3))
+            end = bisect_left(stored, high, key=itemgetter(2))
+            places = [
+                (index, column + max(0, low - first), max(low, first), min(high, stop))
+                for index, column, first, stop in stored[begin:end]
+            ]
+            if places:
+                yield low, high, places
 
     def path(self, index: int) -> Path:
         """The file of a part."""
         return self.folder / f"{index:06d}{SUFFIX}"
-
-    def _open(self, index: int) -> Any:
-        return safe_open(self.path(index), framework="numpy").get_slice("values")  # type: ignore[no-untyped-call]
 
     def _spans(self, index: int) -> Spans:
         return [[window.chrom, *self.selection.target_bins(window)] for window in self.groups[index]]
@@ -201,22 +249,27 @@ class Parts:
             say(f"{self.path(index)} {fault}; computing it again")
         return not fault
 
+    def _gathered(self, index: int, blocks: Iterator[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        """The values of a part as they are stored, (tracks, bins), from those of its windows."""
+        spans = self._spans(index)
+        values = np.empty(
+            (len(self.plan.tracks), sum(stop - first for _, first, stop in spans)), dtype=np.float32
+        )
+        column = 0
+        for _, first, stop in spans:
+            values[:, column : column + stop - first] = next(blocks).T
+            column += stop - first
+        return values
+
     def _write(self, index: int, values: npt.NDArray[np.float32]) -> None:
-        stored = np.ascontiguousarray(values.T)
-        said = {
-            "identity": self.plan.key,
-            "spans": json.dumps(self._spans(index)),
-            "crc32": _checksum(stored),
-        }
-        content = save({"values": stored}, said)
+        said = {"identity": self.plan.key, "spans": json.dumps(self._spans(index))}
         gone = PartsGone(
             f"{self.folder} was merged or discarded by another process while this one made a part of it"
         )
         if not (self.folder / PLAN_FILE).is_file():
             raise gone
         try:
-            with atomic_path(self.path(index)) as temporary:
-                temporary.write_bytes(content)  # written here: a full disk is then an OSError
+            write_part(self.path(index), values, said)
         except FileNotFoundError as error:
             raise gone from error
 
@@ -233,8 +286,16 @@ def _grouped(windows: Sequence[Window], part_bp: int) -> list[Sequence[Window]]:
     return groups
 
 
-def _checksum(values: npt.NDArray[np.float32]) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(values).data):08x}"
+def _joined(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Runs of places that follow each other without a gap."""
+    run: list[_Place] = []
+    for place in places:
+        if run and run[-1][3] != place[2]:
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
 
 
 def _where(spans: Spans, plan: Plan | None = None) -> str:

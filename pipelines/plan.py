@@ -18,8 +18,7 @@ import numpy as np
 
 from genossm.atomic import atomic_write_text
 from genossm.errors import ConfigError, DataError
-from genossm.pipelines.chromosome import whole_chromosomes
-from genossm.pipelines.selection import Selection, selection_of
+from genossm.pipelines.selection import Selection, selection_of, whole_chromosomes
 
 PARTS_FOLDER = ".parts"
 PLAN_FILE = "plan.json"

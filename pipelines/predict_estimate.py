@@ -21,6 +21,7 @@ from genossm.genome import Genome
 from genossm.interval import bin_count
 from genossm.models.accessibility import AccessibilityModel
 from genossm.outputs.bigwig import write_bigwig
+from genossm.pipelines.collect import writers
 from genossm.pipelines.device import describe
 from genossm.pipelines.parts import Parts
 from genossm.pipelines.plan import read_plan
@@ -134,6 +135,7 @@ def estimate(
         for first, stop in map(plan.selection.target_bins, parts.groups[index])
     )
     is_cuda = job.device.type == "cuda"
+    free_bytes = shutil.disk_usage(_existing(Path(out))).free
     return PredictionEstimate(
         mode="chromosome" if plan.whole else "windows",
         device=describe(job.device),
@@ -146,13 +148,16 @@ def estimate(
         found=len(indices) - len(missing),
         shard=None if part_of is None else str(part_of),
         compute_seconds=per_base * sum(parts.bases_read[index] for index in missing),
-        write_seconds=_seconds_a_bin() * plan.bin_total * tracks,
+        write_seconds=_seconds_a_bin()
+        * plan.bin_total
+        * tracks
+        / writers(plan.bin_total, tracks, None, free_bytes),
         # values of a chromosome on their way into the files, besides what the batch took
         host_bytes=_peak_bytes() + 16 * bin_count(longest, plan.bin_bp) + _feature_bytes(job, longest),
         device_bytes=torch.cuda.max_memory_allocated(job.device) if is_cuda else None,
         parts_bytes=4 * tracks * stored_bins,
         output_bytes=tracks * (bigwig_bytes * plan.bin_total + hdf5_bytes * all_bins),
-        free_bytes=shutil.disk_usage(_existing(Path(out))).free,
+        free_bytes=free_bytes,
         sample=sample,
     )
 

@@ -23,10 +23,10 @@ from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import MAX_LOG_RATE
-from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes, whole_chromosomes
+from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes
 from genossm.pipelines.device import pick_device
 from genossm.pipelines.plan import OutputOptions, Plan, PlannedTrack, command_words, part_size
-from genossm.pipelines.selection import Selection, select
+from genossm.pipelines.selection import Selection, select, whole_chromosomes
 from genossm.pipelines.windowed import placed, predict_windows
 from genossm.version import versions
 from genossm.windows import Window

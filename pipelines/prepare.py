@@ -23,6 +23,7 @@ from genossm.pipelines.prepare_estimate import Estimate, estimate_work
 from genossm.pipelines.prepare_work import Work, column_paths, input_files, processes_for
 from genossm.pipelines.staging import Stage, leftover, staged
 from genossm.progress import say
+from genossm.verified import mark_verified
 from genossm.windows import Window, find_leaks, tile
 
 
@@ -61,7 +62,9 @@ def prepare(
         with staged(folder) as stage:
             if _is_wanted(folder, config, force=force):  # else another process has made it meanwhile
                 _make(config_path, overrides, config, stage, folder, jobs)
-                return PreparedDataset(folder)
+                made = PreparedDataset(folder)
+                mark_verified(made)  # their hashes have just been taken
+                return made
     say(f"{out} is up to date: configuration and input files are those it was made from")
     return PreparedDataset(folder)
 
@@ -73,7 +76,10 @@ def estimate(
     overrides: Iterable[str] = (),
     jobs: int | None = None,
 ) -> Estimate:
-    """How large the dataset `out` will be and how long `prepare` takes; nothing is written but the genome's cache.
+    """How large the dataset `out` will be and how long `prepare` takes.
+
+    Nothing is written but caches that `prepare` uses afterwards: the genome's, and the cut sites of each BAM or fragments
+    file, for which the file is read whole, before the estimate and beside its `seconds`.
 
     Arguments and errors as of `prepare`.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,15 @@ class Selection:
         start, end = target_of(window, self.margin_bp, self.lengths[window.chrom])
         return start // self.bin_bp, -(-end // self.bin_bp)
 
-    def wanted(self, chrom: str) -> npt.NDArray[np.bool_]:
-        """bool (bins,) of the whole chromosome: true where a value was asked for."""
-        total = -(-self.lengths[chrom] // self.bin_bp)
-        steps = np.zeros(total + 1, dtype=np.int8)
+    def wanted(self, chrom: str, first: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
+        """bool (bins,) of bins [first, stop), by default the whole chromosome: true where a value was asked for."""
+        stop = -(-self.lengths[chrom] // self.bin_bp) if stop is None else stop
         ranges = self.bins[chrom]
-        steps[ranges[:, 0]] += 1
-        steps[ranges[:, 1]] -= 1
+        low, high = np.searchsorted(ranges[:, 1], first, "right"), np.searchsorted(ranges[:, 0], stop)
+        inside = np.clip(ranges[low:high], first, stop) - first
+        steps = np.zeros(stop - first + 1, dtype=np.int8)
+        steps[inside[:, 0]] += 1
+        steps[inside[:, 1]] -= 1
         return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
     def target_bp_of(self, window: Window) -> int:
@@ -123,6 +125,12 @@ def selection_of(
         # one window is every bin's: most contigs of an assembly
         windows += grid if len(grid) == 1 else _overlapping(grid, ranges, margin_bp, bin_bp, lengths[chrom])
     return Selection(dict(lengths), bins, tuple(windows), bin_bp, margin_bp)
+
+
+def whole_chromosomes(selection: Selection) -> Selection:
+    """The same bins, with one window for each chromosome: all of it, without margins."""
+    windows = tuple(Window(chrom, 0, selection.lengths[chrom]) for chrom in selection.bins)
+    return replace(selection, windows=windows, margin_bp=0)
 
 
 def _overlapping(

@@ -16,6 +16,7 @@ from genossm.errors import ConfigError, GenossmError
 NOTICE_SECONDS = 120  # before the time limit, when Slurm warns the job
 _SHORTEST_SECONDS = 300  # Slurm may warn a minute early; less time than this leaves nothing to work in
 _MERGE_TIME = "01:00:00"
+_MERGE_CPUS = 8  # at most, as `genossm merge` by itself
 _OWN_DIRECTIVES = ("--array", "-a", "--signal", "--requeue", "--no-requeue", "--output", "-o", "--open-mode")
 
 
@@ -132,6 +133,7 @@ def predict_jobs(
     *,
     max_parallel: int | None = None,
     merge_partition: str | None = None,
+    merge_time: str = _MERGE_TIME,
 ) -> tuple[Job, Job]:
     """The array that runs `genossm predict WORDS --shard i/SHARDS`, task i each, and the job that merges the shards.
 
@@ -139,9 +141,10 @@ def predict_jobs(
         words: the arguments of `genossm predict`, its `-o` included and without `--shard`.
         out: the output folder; scripts and logs lie beside it.
         shards: how many tasks.
-        resources: what a task asks for; the merge asks for one core, the same memory and no GPU.
+        resources: what a task asks for; the merge asks for as many cores, 8 at most, the same memory and no GPU.
         max_parallel: at most so many tasks at a time.
         merge_partition: where the merge runs, if not where the tasks do.
+        merge_time: its time limit; near it the merge queues again, and goes on with the tracks that are not written.
 
     Raises:
         ConfigError: a number is below 1, or `out` cannot name a log.
@@ -159,15 +162,16 @@ def predict_jobs(
         partition=merge_partition or resources.partition,
         qos=resources.qos,
         gpus="0",
-        time=_MERGE_TIME,
-        cpus=1,
+        time=merge_time,
+        cpus=min(_MERGE_CPUS, resources.cpus),
         mem=resources.mem,
         extra=resources.extra,
         setup=resources.setup,
     )
-    merge = _head("genossm-merge", f"{_log(out)}-merge-%j.log", small) + _NOTE_MERGE + _setup(small)
-    merge += shlex.join(["genossm", "merge", os.fspath(out)]) + "\n"
-    return Job(_beside(out, ".sbatch"), predict), Job(_beside(out, "-merge.sbatch"), merge)
+    head = _head("genossm-merge", f"{_log(out)}-merge-%j.log", small)
+    work = shlex.join(["genossm", "merge", os.fspath(out), "--jobs"]) + ' "$SLURM_CPUS_PER_TASK"'
+    merge = Job(_beside(out, "-merge.sbatch"), head + _NOTE_MERGE + _body(small, work))
+    return Job(_beside(out, ".sbatch"), predict), merge
 
 
 def submit(job: Job, *, after: str | None = None) -> str:
@@ -263,8 +267,8 @@ _NOTE_TRAIN = (
 
 # Train. Fill in what your cluster needs (lines with ## are comments) and what puts `genossm` on the PATH, then
 # sbatch this file. Hyper-parameters belong into the configuration, not here.
-# Two minutes before the time limit the training stops and the job queues again: it goes on from its last whole
-# epoch. Failed or cancelled, sbatch the same file again.
+# Two minutes before the time limit the training stops after the step in hand and the job queues again: it goes on
+# from there. Failed or cancelled, sbatch the same file again.
 
 """
 )
@@ -281,11 +285,15 @@ _NOTE_PREDICT = (
 
 """
 )
-_NOTE_MERGE = """\
+_NOTE_MERGE = (
+    _QUEUES_AGAIN
+    + """\
 
 # Merge the shards of a prediction: proves that each bin is there once, and names what is missing.
+# Two minutes before the time limit it stops and queues again; it goes on with the tracks that are not written.
 
 """
+)
 _RUN = """\
 restarts=20  # at most so many; 0: never queue again
 child=

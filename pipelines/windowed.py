@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from genossm.code_reader import CodeReader
 from genossm.errors import DataError, DeviceError
 from genossm.genome import Genome
 from genossm.interval import Interval
@@ -175,24 +176,24 @@ def _batches(
     starts: Container[int],
 ) -> Iterator[_Batch]:
     """Runs of windows of which `batch_size` need the model, and fewer before each of `starts` and at the end."""
-    items: list[_Item] = []
-    codes: list[npt.NDArray[np.int8]] = []
+    reader, items, used = CodeReader(genome), list[_Item](), 0
+    codes = np.empty((batch_size, model.window_bp), dtype=np.int8)
     for number, window in enumerate(windows):
         if items and number in starts:
-            yield _Batch(items, torch.from_numpy(np.stack(codes)) if codes else None)
-            items, codes = [], []
-        seen = genome.window(window.chrom, window.start, window.end)
+            yield _Batch(items, torch.from_numpy(codes[:used]) if used else None)
+            items, used, codes = [], 0, np.empty_like(codes)
+        seen = codes[used]
+        reader.fill(seen, window.chrom, window.start)
         length_bp = genome.lengths[window.chrom]
         gap = gap_bins(seen, window, model.margin_bp, model.bin_bp, length_bp)
         start, end = target_of(window, model.margin_bp, length_bp)
         items.append(_Item(gap, end - start))
-        if items[-1].needs_model:
-            codes.append(seen)
-        if len(codes) == batch_size:
-            yield _Batch(items, torch.from_numpy(np.stack(codes)))
-            items, codes = [], []
+        used += items[-1].needs_model
+        if used == batch_size:
+            yield _Batch(items, torch.from_numpy(codes))
+            items, used, codes = [], 0, np.empty_like(codes)
     if items:
-        yield _Batch(items, torch.from_numpy(np.stack(codes)) if codes else None)
+        yield _Batch(items, torch.from_numpy(codes[:used]) if used else None)
 
 
 def _ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:

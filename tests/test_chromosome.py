@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from genossm.code_reader import CodeReader
 from genossm.errors import ConfigError, DataError, DeviceError, FileError
 from genossm.genome import Genome
 from genossm.models.accessibility import AccessibilityModel, ModelConfig
@@ -251,15 +252,15 @@ def test_an_interrupted_run_goes_on_with_the_next_chromosome(
     model = tiny_model()
     unbroken = run("unbroken", model, chunk_bp=1_024)
     asked: list[str] = []
-    window = Genome.window
+    fill = CodeReader.fill
 
-    def counted(self: Genome, chrom: str, start: int, end: int) -> Any:
+    def counted(self: CodeReader, out: npt.NDArray[np.int8], chrom: str, start: int) -> None:
         asked.append(chrom)
         if chrom == stop_at:
             raise KeyboardInterrupt
-        return window(self, chrom, start, end)
+        fill(self, out, chrom, start)
 
-    monkeypatch.setattr(Genome, "window", counted)
+    monkeypatch.setattr(CodeReader, "fill", counted)
     stop_at = "chrTail"
     with pytest.raises(KeyboardInterrupt):
         run("broken", model, chunk_bp=1_024)
@@ -290,14 +291,14 @@ def test_an_interrupted_run_goes_on_with_the_next_chromosome(
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_chromosome import Genome, plan_module, predict, tiny_model
+from test_chromosome import CodeReader, plan_module, predict, tiny_model
 plan_module.SMALLEST_PART_BP, plan_module.MOST_PARTS = 1, 10**9
-window = Genome.window
-def slow(self, chrom, start, end):
+fill = CodeReader.fill
+def slow(self, out, chrom, start):
     if chrom == "chrTail":
         time.sleep(60)
-    return window(self, chrom, start, end)
-Genome.window = slow
+    fill(self, out, chrom, start)
+CodeReader.fill = slow
 predict(tiny_model(), {genome!r}, {out!r}, device="cpu", mode="chromosome", chunk_bp=1024, spill={spill!r})
 """
 

@@ -51,12 +51,14 @@ def test_a_dry_run_prints_and_does_nothing(here: Path, capsys: Captured) -> None
     assert "#SBATCH --cpus-per-task=3\n" in out
     assert "genossm train tiny --dataset nowhere -o run --resume &" in out
     status, out, _ = call(
-        capsys, "--json", "predict", "run", "--genome", "g.fa", "-o", "a/b", "--shards", 3, "--dry-run"
+        capsys, "--json", "predict", "run", "--genome", "g.fa", "-o", "a/b", "--shards", 3, "--dry-run",
+        "--merge-time", "05:00:00",
     )  # fmt: skip
     scripts = json.loads(out)["scripts"]
     assert status == 0 and list(scripts) == ["a/b.sbatch", "a/b-merge.sbatch"]
     assert "genossm predict run --genome g.fa -o a/b --shard" in scripts["a/b.sbatch"]
-    assert scripts["a/b-merge.sbatch"].endswith("\ngenossm merge a/b\n")
+    merge = scripts["a/b-merge.sbatch"]
+    assert '\ngenossm merge a/b --jobs "$SLURM_CPUS_PER_TASK" &\n' in merge and "--time=05:00:00\n" in merge
     assert sorted(here.rglob("*")) == before
 
 

@@ -43,7 +43,9 @@ def test_directives_say_what_was_asked() -> None:
         extra=["#SBATCH --mail-type=FAIL", "--nice"],
         setup=["module load cuda"],
     )
-    array, merge = predict_jobs(WORDS, Path("out"), 5, asked, max_parallel=2, merge_partition="small")
+    array, merge = predict_jobs(
+        WORDS, Path("out"), 5, asked, max_parallel=2, merge_partition="small", merge_time="02:30:00"
+    )
     assert set(directives(array)) == {
         "--job-name=genossm-predict", "--account=lab", "--partition=gpu", "--qos=long", "--constraint=a100|h100",
         "--nodes=1", "--ntasks=1", "--gpus=a100:2", "--cpus-per-task=3", "--mem=7G", "--time=1-12", "--array=1-5%2",
@@ -52,7 +54,8 @@ def test_directives_say_what_was_asked() -> None:
     }  # fmt: skip
     assert set(directives(merge)) == {
         "--job-name=genossm-merge", "--account=lab", "--partition=small", "--qos=long", "--nodes=1", "--ntasks=1",
-        "--cpus-per-task=1", "--mem=7G", "--time=01:00:00", "--output=out-merge-%j.log", "--mail-type=FAIL", "--nice",
+        "--cpus-per-task=3", "--mem=7G", "--time=02:30:00", "--output=out-merge-%j.log", "--mail-type=FAIL", "--nice",
+        "--open-mode=append", "--requeue", "--signal=B:USR1@120",
     }  # fmt: skip
     for job in (array, merge):
         assert (

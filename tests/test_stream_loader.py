@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -186,16 +187,38 @@ def test_a_new_epoch_begins_at_its_beginning(training: WindowDataset) -> None:
         ({"shuffle": False}, "shuffle True instead of False"),
         ({"seed": 12}, "seed 11 instead of 12"),
         ({"windows_per_epoch": 7}, "windows .* instead of 7"),
+        ({"split": "valid"}, "split train instead of valid"),
+        ({"window_bp": 512}, "window_bp 1024 instead of 512"),
+        ({"margin_bp": 64}, "margin_bp 128 instead of 64"),
+        ({"augment": False}, "augment True instead of False"),
+        ({"jitter_bp": 0}, "jitter_bp 5 instead of 0"),
+        ({"reverse_complement": False}, "reverse_complement True instead of False"),
     ],
 )
 def test_a_state_of_other_data_is_refused(
     data: PreparedDataset, training: WindowDataset, options: dict[str, Any], words: str
 ) -> None:
     state = WindowLoader(training, batch_size=3).state_dict()
-    of_windows = {key: options.pop(key) for key in ("seed", "windows_per_epoch") if key in options}
-    other = WindowDataset(data, "train", augment=True, jitter_bp=5, **{"seed": 11, **of_windows})
+    of_loader = {key: options[key] for key in ("batch_size", "ranks", "shuffle") if key in options}
+    of_windows = {key: value for key, value in options.items() if key not in of_loader}
+    split = of_windows.pop("split", "train")
+    other = WindowDataset(data, split, **{"augment": True, "jitter_bp": 5, "seed": 11, **of_windows})
     with pytest.raises(CheckpointError, match=words):
-        WindowLoader(other, **{"batch_size": 3, **options}).load_state_dict(state)
+        WindowLoader(other, **{"batch_size": 3, **of_loader}).load_state_dict(state)
+
+
+def test_a_state_of_another_dataset_is_refused_and_of_a_moved_one_taken(
+    data: PreparedDataset, training: WindowDataset, tmp_path: Path
+) -> None:
+    state = WindowLoader(training, batch_size=3).state_dict()
+    shutil.copytree(data.folder, tmp_path / "moved")
+    moved = PreparedDataset(tmp_path / "moved", genome=data.genome.path)
+    options: dict[str, Any] = {"augment": True, "jitter_bp": 5, "seed": 11}
+    WindowLoader(WindowDataset(moved, "train", **options), batch_size=3).load_state_dict(state)
+    (tmp_path / "other").mkdir()
+    other = random_dataset(tmp_path / "other", 9)
+    with pytest.raises(CheckpointError, match=r"dataset .* instead of"):
+        WindowLoader(WindowDataset(other, "train", **options), batch_size=3).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

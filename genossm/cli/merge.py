@@ -18,17 +18,24 @@ from genossm.cli.console import show
     metavar="[TRACK=]FILE.bw",
     help="Print the correlation with this bigWig per chromosome; may be given often.",
 )
-def command(folder: Path, references: tuple[str, ...]) -> None:
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that write tracks. Default: the cores there are, at most 8.",
+)
+def command(folder: Path, references: tuple[str, ...], jobs: int | None) -> None:
     """Prove that every bin of the prediction in DIR is there exactly once, write its files, and remove the parts.
 
     DIR is the folder that `genossm predict --shard i/n` wrote to for every i. Where parts are missing or damaged the
-    message names them and the commands that make them, and nothing is written. Needs neither model nor genome.
+    message names them and the commands that make them, and nothing is written. Needs neither model nor genome. A killed
+    command goes on with the tracks that it had not written when it is run again.
     """
     from genossm.cli.predict import prediction_text
     from genossm.pipelines.correlate import correlate
     from genossm.pipelines.merge import merge
 
-    result = merge(folder)
+    result = merge(folder, jobs=jobs)
     found = correlate(result.folder, references) if references else None
     data = {"out": result.folder, "files": result.files, **result.summary}
     show(

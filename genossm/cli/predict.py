@@ -20,7 +20,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command("predict", short_help="Predict every track along chromosomes, regions or sequences.")
 @click.argument("runs", type=click.Path(path_type=Path), metavar="RUN...", nargs=-1, required=True)
-@click.option("--genome", type=FILE, metavar="FASTA", help="The genome, plain or bgzip.")
+@click.option("--genome", type=FILE, metavar="FASTA", help="The genome: FASTA, plain or bgzip, or 2bit.")
 @out_option()
 @click.option(
     "--chrom",
@@ -44,7 +44,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Sequences without coordinates, in place of a genome; arrays out.",
 )
 @click.option("--mode", type=click.Choice(["windows", "chromosome"]), default="windows", show_default=True,
-              help="windows: tiles of the training window, margins cropped. chromosome: each as one sequence.")  # fmt: skip
+              help="windows: tiles of the training window, margins cropped. chromosome: each as one sequence; "
+              "a killed run then loses the chromosome in hand.")  # fmt: skip
 @click.option(
     "--chunk-bp",
     type=click.IntRange(min=1),
@@ -56,8 +57,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     "--spill",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Keep a chromosome's features between layers in a temporary file there. Default: in memory while it "
-    "suffices, then in DIR.",
+    help="Keep a chromosome's features between layers in a temporary file there: memory then does not grow with "
+    "its length. Default: on the device up to a quarter of what is free, in memory while it suffices, then in DIR.",
 )
 @click.option("--hdf5", is_flag=True, help="Write predictions.h5 (bins x tracks) as well.")
 @click.option("--hdf5-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,

@@ -96,6 +96,8 @@ def train(words: tuple[str, ...], out: Path, dry_run: bool, **asked: Any) -> Non
     "--max-parallel", type=click.IntRange(min=1), metavar="N", help="Tasks at a time. Default: all."
 )
 @click.option("--merge-partition", metavar="NAME", help="Partition of the merge, which needs no GPU.")
+@click.option("--merge-time", default="01:00:00", show_default=True, metavar="H:MM:SS",
+              help="Time limit of the merge, which queues again near it and keeps the tracks it has written.")  # fmt: skip
 @job_options()
 def predict(
     words: tuple[str, ...],
@@ -103,6 +105,7 @@ def predict(
     shards: int,
     max_parallel: int | None,
     merge_partition: str | None,
+    merge_time: str,
     dry_run: bool,
     **asked: Any,
 ) -> None:
@@ -126,7 +129,13 @@ def predict(
             "a shard writes no files: leave out --compare, and give --reference to genossm merge"
         )
     array, merge = predict_jobs(
-        words, out, shards, resources, max_parallel=max_parallel, merge_partition=merge_partition
+        words,
+        out,
+        shards,
+        resources,
+        max_parallel=max_parallel,
+        merge_partition=merge_partition,
+        merge_time=merge_time,
     )
     if dry_run:
         _show_scripts(array, merge)

@@ -22,7 +22,7 @@ from genossm.cli.options import device_option, out_option, seed_option, set_opti
     help="The dataset's genome, where it has moved since `genossm prepare`.",
 )
 @out_option(help="Run folder: model, metrics, logs and the state to resume from.")
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder from its last whole epoch.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder from its last saved step.")
 @seed_option(default=None)
 @set_option(help="Replace a key of CONFIG, for example train.epochs=10; may be given often.")
 @device_option()
