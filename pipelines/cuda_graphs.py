@@ -111,6 +111,12 @@ class GraphedPrediction:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
         """Values (batch, bins, tracks). They are overwritten by the next call: copy what is kept."""
+        if not tokens.is_cuda:
+            return self._model.predict(tokens)
+        with torch.cuda.device(tokens.device):  # graphs and their streams are of the current device
+            return self._predict(tokens)
+
+    def _predict(self, tokens: Tensor) -> Tensor:
         if self._tokens is None:
             self._record(tokens)
         assert self._tokens is not None

@@ -135,3 +135,14 @@ def test_prediction_is_the_same(form: str) -> None:
         tokens = torch.randint(0, 5, (size, LENGTH), dtype=torch.int8, device="cuda")
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
             torch.testing.assert_close(graphed(tokens), model.predict(tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_prediction_on_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device only")
+    model = make("mamba2").eval().to("cuda:1")
+    graphed = GraphedPrediction(model)
+    for size in (3, 3, 2):
+        tokens = torch.randint(0, 5, (size, LENGTH), dtype=torch.int8, device="cuda:1")
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(graphed(tokens), model.predict(tokens), rtol=1e-3, atol=1e-4)

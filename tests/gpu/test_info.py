@@ -24,10 +24,14 @@ CASES = {
 }
 
 
+IN_FULL = ("yeast-lstm", "yeast-s4", "yeast-s4d")
+"""Whose predictions in bfloat16 take more (0.84 estimated / measured on an H200) or less (1.19)."""
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "predict_in"),
     [
-        *((name, (), "bf16") for name in CASES),
+        *((name, (), "float32" if name in IN_FULL else "bf16") for name in CASES),
         ("accessibility-100kb", (), "float32"),
         *(
             ("yeast-100kb", (option,), "float32")

@@ -10,6 +10,7 @@ from genossm.ranking import BatchedMetrics, Measure, Ranking
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_counting_waits_for_nothing_and_gives_what_the_cpu_gives() -> None:
     measures: list[Measure] = ["rank", "log_pearson", "rank", "pearson"]
     random = torch.Generator("cuda").manual_seed(1)
