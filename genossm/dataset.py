@@ -118,6 +118,8 @@ class PreparedDataset:
         storage: how targets are stored, and the relative error that this makes in each track.
         compressed: whether HDF5 has to unpack the targets, which it does in one thread at a time.
         scaling: for each track with a `scale` in the YAML how its scaled targets come about, and the way back.
+        scaled_statistics: for each of these `mean` and `std` of its scaled training bins, partners' together (NaN where
+            there are none); empty in a dataset that an earlier genossm prepared.
         split_check: how many windows were checked against the targets of other splits (`windows`, `leaks`: 0),
             on how many chromosomes two splits meet (`shared_chromosomes`), and the fewest bp between a window
             of one and a target of another (`nearest_bp`, None where they never meet).
@@ -159,6 +161,9 @@ class PreparedDataset:
         self.compressed: bool = record["compressed"]
         self.scaling: dict[str, Scaling] = {
             track: build(Scaling, scaling, where=JSON_NAME) for track, scaling in content["scaling"].items()
+        }
+        self.scaled_statistics: dict[str, dict[str, float]] = {
+            track: _with_nan(numbers) for track, numbers in content.get("scaled_statistics", {}).items()
         }
         self.split_check: dict[str, int | None] = content["split_check"]
         self.provenance: dict[str, Any] = content["provenance"]

@@ -37,7 +37,7 @@ class TrackConfig:
     `overlap` the least share of a bin's bases that must lie in a peak (peaks only); `loss` overrides the loss of
     a signal head: Poisson (the default of the model) or mean squared error. The two tracks of a stranded assay
     give their `strand` and each other's name as `partner`: on the reverse complement they swap places.
-    `scale` says how signal is scaled where scaled targets are asked for. `shift`, `min_mapq`, `deduplicate` and
+    `scale` says how signal is scaled before the loss. `shift`, `min_mapq`, `deduplicate` and
     `barcodes` are of cut sites, see `CutOptions`; `group` is one of the groups of cells of `barcodes`. `metadata` is
     kept, and used for nothing.
     """

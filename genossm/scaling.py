@@ -5,10 +5,11 @@ scaled = squash(min(value, clip)) * factor; values below 0 likewise, with their 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from genossm.errors import DataError
 
 Squash = Literal["none", "sqrt", "log1p"]
+Float = TypeVar("Float", np.float32, np.float64)
 _CELLS = 1 << 16
 _PERCENT = re.compile(r"\s*([0-9.]+)\s*%\s*")
 
@@ -62,24 +64,31 @@ class ScaleConfig:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A fitted scaling; `inverse` undoes `forward` but for what `clip` cut off."""
+    """A fitted scaling; `inverse` undoes `forward` but for what `clip` cut off, which comes back as `clip`.
+
+    The default leaves values as they are. `genossm.models.heads` does the same with tensors.
+    """
 
     clip: float | None = None
     squash: Squash = "none"
     factor: float = 1.0
 
-    def forward(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Values in the track's unit, scaled; float32, same shape."""
+    def forward(self, values: npt.NDArray[Float]) -> npt.NDArray[Float]:
+        """Values in the track's unit, scaled; same shape and dtype."""
         limit = np.inf if self.clip is None else self.clip
-        scaled: npt.NDArray[np.float32] = _squashed(np.clip(values, -limit, limit), self.squash)
-        return scaled * np.float32(self.factor)
+        scaled: npt.NDArray[Float] = _squashed(np.clip(values, -limit, limit), self.squash)
+        return scaled * self.factor
 
-    def inverse(self, scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Scaled values, such as a model's, back in the track's unit; float32, same shape."""
-        values: npt.NDArray[np.float32] = scaled / np.float32(self.factor)
+    def inverse(self, scaled: npt.NDArray[Float]) -> npt.NDArray[Float]:
+        """Scaled values, such as a model's, back in the track's unit; same shape and dtype."""
+        values: npt.NDArray[Float] = scaled / self.factor
         if self.squash == "sqrt":
             return np.sign(values) * np.square(values)
         return np.sign(values) * np.expm1(np.abs(values)) if self.squash == "log1p" else values
+
+
+UNSCALED = Scaling()
+"""Of a track without a scale."""
 
 
 class ValueCounts:
@@ -115,10 +124,20 @@ class ValueCounts:
 
     def mean(self, function: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> float:
         """The mean of `function` of the values, each taken for the mean of its cell."""
+        return self.mean_and_spread(function)[0]
+
+    def mean_and_spread(
+        self, function: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+    ) -> tuple[float, float]:
+        """The mean and the standard deviation likewise; NaN where there is no value."""
+        if not self.counts.any():
+            return math.nan, math.nan
         there = np.flatnonzero(self.counts)
         centres = (self.sums[there] / self.counts[there]).astype(np.float32)
         weights = self.counts[there] / self.counts.sum()
-        return float((function(centres).astype(np.float64) * weights).sum())
+        results = function(centres).astype(np.float64)
+        mean = float((results * weights).sum())
+        return mean, math.sqrt(float((np.square(results - mean) * weights).sum()))
 
 
 def fit_scaling(config: ScaleConfig, values: ValueCounts, *, track: str) -> Scaling:
@@ -151,7 +170,7 @@ def fit_scaling(config: ScaleConfig, values: ValueCounts, *, track: str) -> Scal
     return Scaling(clip, config.squash, config.mean / mean)
 
 
-def _squashed(values: npt.NDArray[np.float32], squash: Squash) -> npt.NDArray[np.float32]:
+def _squashed(values: npt.NDArray[Float], squash: Squash) -> npt.NDArray[Float]:
     if squash == "sqrt":
         return np.sign(values) * np.sqrt(np.abs(values))
     return np.sign(values) * np.log1p(np.abs(values)) if squash == "log1p" else values

@@ -22,7 +22,7 @@ from genossm.errors import ConfigError, DataError, FileError
 from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
-from genossm.models.heads import MAX_LOG_RATE
+from genossm.models.heads import MAX_LOG_RATE, unscaled
 from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes
 from genossm.pipelines.device import pick_device
 from genossm.pipelines.plan import OutputOptions, Plan, PlannedTrack, command_words, part_size
@@ -249,10 +249,8 @@ def make_job(
 def _planned(track: Any) -> PlannedTrack:
     low, high = (0.0, 1.0) if track.kind == "peaks" else (None, None)
     if track.loss == "poisson":  # a rate that reaches the cut of the heads means nothing
-        low, high = (
-            0.0,
-            float(np.nextafter(np.float32(exp(MAX_LOG_RATE) * track.mean * 0.999), np.float32(0))),
-        )
+        cut = unscaled(torch.tensor(exp(MAX_LOG_RATE) * track.mean, dtype=torch.float64), track.scaling)
+        low, high = 0.0, float(np.nextafter(np.float32(float(cut) * 0.999), np.float32(0)))
     return PlannedTrack(track.name, track.kind, track.aggregate, low, high)
 
 

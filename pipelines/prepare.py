@@ -205,6 +205,8 @@ def _unchanged(previous: dict[str, Any], config: DatasetConfig) -> bool:
             return False
     except (KeyError, ConfigError):
         return False
+    if set(previous["scaling"]) != set(previous.get("scaled_statistics", {})):
+        return False  # of a genossm that did not train on scaled targets
     recorded = {entry["path"]: entry for entry in previous["provenance"]["inputs"]}
     stamps = stamps_of(input_files(config))
     if set(recorded) != set(input_files(config)) or set(recorded) != set(stamps):

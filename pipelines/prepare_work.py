@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,7 +160,7 @@ class Work:
             say(f"note: {note}")
         content = _describe(inputs, statistics, as_written, folder, [*inputs.notes, *late])
         content["split_check"] = _split_check(inputs, self._windows)
-        content["scaling"] = _scalings(config.tracks, columns)
+        content["scaling"], content["scaled_statistics"] = _scalings(config.tracks, columns)
         dtype = common_dtype(config.storage, [column.coding for column in columns])
         bins = sum(bin_count(length_bp, config.window.bin) for length_bp in inputs.lengths.values())
         compressed = is_compressed(inputs, bins, dtype)
@@ -267,17 +268,25 @@ def _split_check(inputs: DatasetInputs, windows: Sequence[Window]) -> dict[str, 
     }
 
 
-def _scalings(tracks: Sequence[TrackConfig], columns: Sequence[Column]) -> dict[str, Any]:
-    """The fitted scaling of each track that has one; partners share theirs, as they swap places."""
-    fitted = {}
+def _scalings(
+    tracks: Sequence[TrackConfig], columns: Sequence[Column]
+) -> tuple[dict[str, Any], dict[str, dict[str, float | None]]]:
+    """The fitted scaling of each track that has one, and mean and std of its scaled training bins (None: no bins).
+
+    Partners share both, as they swap places.
+    """
+    fitted, statistics = {}, {}
     for index, (track, partner) in enumerate(zip(tracks, partner_columns(tracks), strict=True)):
         if track.scale is not None:
             both = sorted({index, partner})
             counts = columns[both[0]].counts
             if len(both) > 1:
                 counts = counts + columns[both[1]].counts
-            fitted[track.name] = to_mapping(fit_scaling(track.scale, counts, track=track.name))
-    return fitted
+            scaling = fit_scaling(track.scale, counts, track=track.name)
+            fitted[track.name] = to_mapping(scaling)
+            numbers = zip(("mean", "std"), counts.mean_and_spread(scaling.forward), strict=True)
+            statistics[track.name] = {name: number if isfinite(number) else None for name, number in numbers}
+    return fitted, statistics
 
 
 def _size_and_hash(path: Path) -> dict[str, Any]:

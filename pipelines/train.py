@@ -38,7 +38,7 @@ from genossm.pipelines.training_module import TrainingModule
 from genossm.pipelines.training_stop import StopAfterStep, stop_asked
 from genossm.progress import say
 from genossm.run_config import RunConfig, load_run_config
-from genossm.scaling import Scaling
+from genossm.scaling import UNSCALED
 from genossm.verified import verify_once
 from genossm.version import versions
 
@@ -95,7 +95,8 @@ def train(
 
     Raises:
         ConfigError: the configuration or an override is wrong, or does not fit the dataset.
-        DataError: a file of the dataset is damaged, or it has a track with a `scale`, which training would not follow.
+        DataError: a file of the dataset is damaged, a track has no signal in the training bins, or one has a `scale`
+            and an earlier genossm prepared it.
         CheckpointError: `out` holds a run and `resume` is False, or `resume` is True and the run there is another.
         DeviceError: the device is not there.
         TrainingError: it diverged, ran out of memory, or was stopped by a signal.
@@ -105,7 +106,6 @@ def train(
     resolved = _resolve(config, overrides, seed)
     data = dataset if isinstance(dataset, PreparedDataset) else PreparedDataset(dataset)
     chosen = pick_device(device)
-    _refuse_scaling(data)
     verify_once(data)
     training, validation = _windows(data, resolved)
     provenance = _provenance(data, resolved, device=describe(chosen), began=began)  # opens the genome
@@ -196,27 +196,29 @@ def train(
     return Run(folder, log.best_epoch, log.best, seconds)
 
 
-def _refuse_scaling(data: PreparedDataset) -> None:
-    """Training takes targets in the tracks' own units: a scale would have no effect, and nobody would notice."""
-    scaled = sorted(track for track, scaling in data.scaling.items() if scaling != Scaling())
-    if scaled:
-        raise DataError(
-            f"{data.folder} scales the targets of {', '.join(scaled)}, and training would not: it takes targets in the "
-            "track's own unit; remove `scale` from the dataset YAML and run prepare again (it only concerns "
-            "`targets(scaled=True)`)"
-        )
-
-
 def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
-    """A head for each track of `dataset`, with the mean and spread of its training bins, partners' bins together."""
+    """A head for each track of `dataset`, with the mean and spread of its scaled training bins, partners' together.
+
+    Raises:
+        DataError: there is no signal in them, or an earlier genossm prepared a track with a scale.
+    """
     heads = []
     for track in dataset.tracks:
         mean, std = _mean_and_spread(dataset, track)
+        scaling = dataset.scaling.get(track.name, UNSCALED)
         loss: Literal["bce", "poisson", "mse"] = "bce" if track.kind == "peaks" else track.loss or "poisson"
         try:
             heads.append(
                 TrackHead(
-                    track.name, track.kind, loss, track.aggregate, mean, std, track.strand, track.partner
+                    track.name,
+                    track.kind,
+                    loss,
+                    track.aggregate,
+                    mean,
+                    std,
+                    track.strand,
+                    track.partner,
+                    scaling,
                 )
             )
         except ValueError as error:
@@ -227,7 +229,15 @@ def track_heads(dataset: PreparedDataset) -> list[TrackHead]:
 
 
 def _mean_and_spread(dataset: PreparedDataset, track: TrackConfig) -> tuple[float, float]:
-    """Mean and standard deviation of a track's training bins, with those of its partner where it has one."""
+    """Mean and standard deviation of a track's scaled training bins, with those of its partner where it has one."""
+    if dataset.scaling.get(track.name, UNSCALED) != UNSCALED:
+        if track.name not in dataset.scaled_statistics:
+            raise DataError(
+                f"{dataset.folder} scales the targets of {track.name} and lacks their mean: an earlier genossm prepared it; "
+                "run prepare again"
+            )
+        scaled = dataset.scaled_statistics[track.name]
+        return scaled["mean"], scaled["std"]
     own = dataset.statistics[track.name]["train"]
     if track.partner is None:
         return own["mean"], own["std"]

@@ -19,6 +19,7 @@ from genossm.models.accessibility import AccessibilityModel, ModelConfig
 from genossm.models.encoder import EncoderConfig
 from genossm.models.heads import TrackHead
 from genossm.models.stem import StemConfig
+from genossm.scaling import UNSCALED, Scaling
 
 
 def make_model() -> AccessibilityModel:
@@ -28,7 +29,10 @@ def make_model() -> AccessibilityModel:
     )
     return AccessibilityModel(
         ModelConfig(encoder, 12),
-        [TrackHead("peaks", "peaks", "bce"), TrackHead("cuts", "signal", "poisson", "sum", 2.5, 3.0)],
+        [
+            TrackHead("peaks", "peaks", "bce"),
+            TrackHead("cuts", "signal", "poisson", "sum", 2.5, 3.0, scaling=Scaling(40.0, "sqrt", 0.3)),
+        ],
         window_bp=512,
         margin_bp=64,
         assembly="tiny",
@@ -69,6 +73,17 @@ def rewritten(path: Path, **changes: str) -> None:
         metadata = {**stored.metadata(), **changes}
         weights = {name: stored.get_tensor(name) for name in stored.keys()}
     save_file(weights, path, metadata=metadata)
+
+
+def test_a_model_of_before_scalings_is_loaded_without_one(tmp_path: Path) -> None:
+    file = tmp_path / checkpoint.MODEL_FILE
+    checkpoint.save(make_model(), file)
+    with safe_open(file, framework="pt") as stored:
+        description = json.loads(stored.metadata()["genossm"])
+    for track in description["tracks"]:
+        del track["scaling"]
+    rewritten(file, genossm=json.dumps(description))
+    assert [track.scaling for track in gs.load(file).tracks] == [UNSCALED, UNSCALED]
 
 
 def test_another_version_or_a_foreign_file_is_refused(tmp_path: Path) -> None:

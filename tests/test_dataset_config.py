@@ -210,6 +210,11 @@ def test_the_two_tracks_of_a_stranded_assay_name_each_other(tmp_path: Path) -> N
             r"differ in 'aggregate' \(sum and max\); give both the same",
         ),
         (', strand: "-"', ', loss: mse, strand: "-"', r"differ in 'loss' \(None and mse\)"),
+        (
+            ', strand: "-"',
+            ', scale: {squash: sqrt}, strand: "-"',
+            r"differ in 'scale' \(None and ScaleConfig",
+        ),
     ],
 )
 def test_partners_that_do_not_match_are_told(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -23,6 +23,7 @@ from genossm.dataset_config import load_dataset_config
 from genossm.dataset_inputs import DatasetInputs, open_inputs
 from genossm.errors import ConfigError, DataError
 from genossm.pipelines.prepare import plan_windows, prepare
+from genossm.pipelines.train import track_heads
 from genossm.windows import Window, read_windows
 
 NAMES = {"dataset.json", "targets.h5", "windows.tsv"}
@@ -235,6 +236,8 @@ def test_scaled_targets(folder: Path, tmp_path: Path) -> None:
     assert scaled[kept, 1].mean() == pytest.approx(2, rel=0.01)
     squashed = np.sqrt(np.minimum(plain[:, 1], 40))
     np.testing.assert_allclose(scaled[:, 1], squashed * prepared.scaling["signal"].factor, rtol=1e-6)
+    assert prepared.scaled_statistics["signal"]["mean"] == pytest.approx(scaled[kept, 1].mean(), rel=1e-3)
+    assert prepared.scaled_statistics["signal"]["std"] == pytest.approx(scaled[kept, 1].std(), rel=1e-3)
     back = prepared.scaling["signal"].inverse(scaled[:, 1])
     np.testing.assert_allclose(back, np.minimum(plain[:, 1], 40), rtol=1e-5)
 
@@ -251,7 +254,12 @@ def test_partners_share_a_scale(stranded_prepared: Path, tmp_path: Path) -> None
     prepared = prepare(tmp_path / "dataset.yaml", tmp_path / "out")
     assert prepared.scaling["plus"] == prepared.scaling["minus"]
     mask = prepared.mask("chrA")[:, [0, 2]]
-    assert prepared.targets("chrA", scaled=True)[:, [0, 2]][mask].mean() == pytest.approx(1, rel=0.01)
+    scaled = prepared.targets("chrA", scaled=True)[:, [0, 2]][mask]
+    assert scaled.mean() == pytest.approx(1, rel=0.01)
+    assert prepared.scaled_statistics["plus"] == prepared.scaled_statistics["minus"]
+    minus, _, plus = track_heads(prepared)
+    assert minus.scaling == plus.scaling and (minus.mean, minus.std) == (plus.mean, plus.std)
+    assert plus.std == pytest.approx(scaled.std(), rel=0.01)
     clip = np.percentile(prepared.targets("chrA")[:, [0, 2]][mask], 90)
     assert prepared.scaling["plus"].clip == pytest.approx(clip, rel=0.02)
 

@@ -39,6 +39,30 @@ def test_inverse_undoes_forward_up_to_the_clip(
     np.testing.assert_allclose(back, np.clip(values, -limit, limit), rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("squash", ["none", "sqrt", "log1p"])
+@pytest.mark.parametrize("clip", [None, 50.0])
+def test_in_float64_the_inverse_is_exact(squash: Squash, clip: float | None) -> None:
+    values = np.array([0, 1e-6, 0.3, 7, 49.9, 50, 51, 1e6, -3, -80])
+    scaling = Scaling(clip, squash, 0.37)
+    limit = clip or np.inf
+    back = scaling.inverse(scaling.forward(values))
+    np.testing.assert_allclose(back, np.clip(values, -limit, limit), rtol=1e-9, atol=1e-12)
+
+
+@given(values=VALUES.map(np.abs), squash=SQUASHES, clip=st.none() | st.floats(0.1, 1e4))
+def test_mean_and_spread_of_scaled_values(values: Values, squash: Squash, clip: float | None) -> None:
+    scaling = Scaling(clip, squash, 3.0)
+    scaled = scaling.forward(values.astype(np.float64))
+    mean, spread = counted(values).mean_and_spread(scaling.forward)
+    size = float(np.sqrt(np.square(scaled).mean()))  # values of one cell, below 1 % wide, have no spread
+    assert mean == pytest.approx(scaled.mean(), rel=0.005, abs=1e-30)
+    assert spread == pytest.approx(scaled.std(), abs=0.005 * size + 1e-30)
+
+
+def test_no_values_have_no_mean_and_no_spread() -> None:
+    assert np.isnan(ValueCounts().mean_and_spread(Scaling().forward)).all()
+
+
 def test_known_values() -> None:
     values = np.array([0, 1, 4, 9, -4], dtype=np.float32)
     assert Scaling(4.0, "sqrt", 10.0).forward(values).tolist() == [0, 10, 20, 20, -20]

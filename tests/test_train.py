@@ -32,6 +32,7 @@ from genossm.models.stem import StemConfig
 from genossm.pipelines.train import track_heads
 from genossm.pipelines.training_module import TrainingModule, parameter_groups
 from genossm.run_config import TrainConfig, load_run_config
+from genossm.scaling import UNSCALED
 
 TINY = """\
 model:
@@ -554,20 +555,93 @@ def test_a_genome_that_moved_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_scale_that_training_would_not_follow_is_refused(
+def scaled_dataset(folder: Path) -> PreparedDataset:
+    """Signal of 5 to 60 a bin, a steep function of its GC, with a few bins of 1,000, in two tracks with a scale."""
+    import pyBigWig
+
+    genome = gs.Genome(folder / "genome.fa")
+    bigwig = pyBigWig.open(str(folder / "signal.bw"), "w")
+    bigwig.addHeader([("chrA", 40_000), ("chrB", 20_011)])
+    for chrom, bins in (("chrA", 1250), ("chrB", 625)):
+        codes = genome.window(chrom, 0, 32 * bins).reshape(bins, 32)
+        values = 5 * np.exp(3 * ((codes == 1) | (codes == 2)).mean(1))
+        values[700:703] = 1_000 if chrom == "chrA" else values[700:703]
+        bigwig.addEntries(chrom, 0, values=values.tolist(), span=32, step=32)
+    bigwig.close()
+    (folder / "dataset.yaml").write_text(
+        "assembly: tiny\n"
+        "genome: genome.fa\n"
+        "tracks:\n"
+        "  - {name: counts, file: signal.bw, kind: signal, scale: {clip: 99.5%, squash: sqrt, mean: 1}}\n"
+        "  - {name: level, file: signal.bw, kind: signal, loss: mse, scale: {clip: 80, squash: log1p, mean: 7}}\n"
+        "window: {length: 4096, margin: 512, bin: 32}\n"
+        "split: {valid: [chrB], test: [chrC]}\n"
+    )
+    return gs.prepare(folder / "dataset.yaml", folder / "prepared")
+
+
+def test_a_training_on_scaled_targets_gives_values_in_the_unit(
     config: Path, folder: Path, tmp_path: Path
 ) -> None:
-    description = folder / "dataset.yaml"
-    plain = description.read_text()
-    for scale, refused in (("{}", False), ("{squash: log1p}", True)):
-        description.write_text(plain.replace("aggregate: sum", f"aggregate: sum, scale: {scale}"))
-        data = gs.prepare(description, tmp_path / "out")
-        if refused:
-            with pytest.raises(DataError, match=r"scales the targets of signal, .* remove `scale`"):
-                gs.train(config, data, tmp_path / "refused", device="cpu")
-            assert not (tmp_path / "refused").exists()
-        else:
-            gs.train(config, data, tmp_path / "run", device="cpu", overrides=["train.epochs=1"])
+    import pyBigWig
+
+    data = scaled_dataset(folder)
+    overrides = ["train.epochs=12", "model.encoder.dropout=0"]
+    run = gs.train(config, data, tmp_path / "run", device="cpu", overrides=overrides)
+    model = run.load()
+    assert [track.scaling for track in model.tracks] == [data.scaling["counts"], data.scaling["level"]]
+    table = gs.evaluate(model, data, split="valid", device="cpu").set_index("track")
+    gs.predict(model, data.genome, tmp_path / "predictions", chroms=["chrB"], device="cpu")
+    targets, mask = data.targets("chrB"), data.mask("chrB")
+    for column, name in enumerate(("counts", "level")):
+        assert table.loc[name, "pearson"] > 0.6
+        with pyBigWig.open(str(tmp_path / "predictions" / f"{name}.bw")) as bigwig:
+            values = bigwig.values("chrB", 0, 20_000, numpy=True)[::32]
+        seen = targets[: values.size, column][mask[: values.size, column]]
+        assert values.mean() == pytest.approx(seen.mean(), rel=0.15)
+        assert 0.4 * seen.std() < values.std() < 1.3 * seen.std()
+    assert max(float(row["valid/pearson"]) for row in rows(run.path)) > 0.6
+
+
+def test_a_step_on_a_scaled_dataset_has_the_loss_of_scaled_targets(folder: Path) -> None:
+    data = scaled_dataset(folder)
+    plain = [replace(head, scaling=UNSCALED) for head in track_heads(data)]
+    encoder = EncoderConfig(
+        width=8, pattern=("conv",), stem=StemConfig(channels=(8,), pool=(32,)), dropout=0.0
+    )
+    losses = []
+    for heads, is_scaled in ((track_heads(data), False), (plain, True)):
+        torch.manual_seed(0)
+        model = AccessibilityModel(ModelConfig(encoder), heads, window_bp=4096, margin_bp=0)
+        module = TrainingModule(model, TrainConfig(ema_decay=0.0), total_steps=1)
+        targets = torch.from_numpy(data.targets("chrA", 640, 768, scaled=is_scaled))
+        mask = torch.from_numpy(data.mask("chrA", 640, 768))
+        tokens = torch.from_numpy(data.genome.window("chrA", 640 * 32, 768 * 32))
+        losses.append(module.training_step((tokens[None], targets[None], mask[None]), 0).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_heads_of_scaled_tracks_take_statistics_of_scaled_training_bins(folder: Path) -> None:
+    data = scaled_dataset(folder)
+    keep = data.mask("chrA")[:, 0]
+    values = data.targets("chrA", scaled=True)[keep].astype(float)
+    for column, (head, mean) in enumerate(zip(track_heads(data), (1.0, 7.0), strict=True)):
+        assert head.scaling == data.scaling[head.name]
+        assert head.mean == pytest.approx(values[:, column].mean(), rel=1e-3) == pytest.approx(mean, rel=1e-3)
+        assert head.std == pytest.approx(values[:, column].std(), rel=1e-3)
+
+
+def test_a_scaled_dataset_of_an_earlier_version_is_prepared_again(
+    config: Path, folder: Path, tmp_path: Path
+) -> None:
+    data = scaled_dataset(folder)
+    record = json.loads((data.folder / "dataset.json").read_text())
+    del record["scaled_statistics"]
+    (data.folder / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"scales the targets of counts .* run prepare again"):
+        gs.train(config, data.folder, tmp_path / "run", device="cpu")
+    again = gs.prepare(folder / "dataset.yaml", data.folder)
+    assert set(again.scaled_statistics) == {"counts", "level"}
 
 
 def test_validation_of_many_bins_is_counted_and_close(
