@@ -77,7 +77,7 @@ def test_the_command_prints_and_writes(
 
     monkeypatch.setattr(benchmark, "benchmark_kernels", small)
     target = tmp_path / "bench.json"
-    words = ["bench", "kernels", "--device", "cpu", "--length", "48", "--heads", "3"]
+    words = ["bench", "kernels", "--cpu", "--length", "48", "--heads", "3"]
     assert main([*words, "--json-out", str(target)]) == 0
     assert "ssd forward: reference / torch" in capsys.readouterr().out
     saved = json.loads(target.read_text())["kernels"]

@@ -1,19 +1,22 @@
 #!/bin/sh
-# What preparing a genome of human size costs: simulate one with many sparse tracks, prepare it, print time, memory, disk.
+# What a genome of human size costs: simulate one with many sparse tracks, prepare it, train a few steps of a tiny model and
+# validate it on a whole chromosome; print time, memory, disk.
 #
 #   workflows/prepare-human.sh OUT [GENOME_BP] [TRACKS] [SIGNALS] [JOBS]
 #
 # OUT        folder for everything that is made (3.1 Gb x 161 tracks: 8 GB)
 # GENOME_BP  length of the genome (default: 3.1e9)
 # TRACKS     how many tracks (default: 161), of which SIGNALS (default: 0) are bigWigs and the others peaks
-# JOBS       processes (default: all cores, at most 8)
+# JOBS       processes that prepare (default: all cores, at most 8)
+#
+# DEVICE from the environment is where the training runs (default: cpu).
 #
 # Peak memory is that of the largest process, and the most that all of them held together (proportional set size,
 # which counts shared pages once), sampled four times a second. genossm must be on the PATH, or in .venv of the checkout.
 set -eu
 
 if [ $# -lt 1 ] || [ $# -gt 5 ]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 out=$1
@@ -80,3 +83,14 @@ for window in random.choice(len(windows), 500):
     seconds.append(time.perf_counter() - start)
 print(f'read: targets and mask of {bins} bins x {len(data.tracks)} tracks: median of {1 / np.median(seconds):,.0f} windows/s')
 " "$out/dataset"
+python3 -c "
+import sys, time
+start = time.perf_counter()
+import genossm as gs
+loader = gs.WindowLoader(gs.WindowDataset(sys.argv[1], 'train', augment=True), batch_size=8, workers=2)
+next(iter(loader))
+print(f'first batch of 8 windows: after {time.perf_counter() - start:.1f} s, imports included')
+" "$out/dataset"
+rm -rf "$out/run"
+echo "train: $(measure genossm train tiny --dataset "$out/dataset" -o "$out/run" --device "${DEVICE:-cpu}" \
+  --set train.window_bp=131072 --set train.margin_bp=16384 --set train.epochs=1 --set train.windows_per_epoch=32)"

@@ -77,6 +77,7 @@ def command() -> None:
     help="Heads of ssd, of 64 channels each. [default: 4; on a GPU 16]",
 )
 @file_options(markdown="On a GPU: also write the tables as Markdown.")
+@click.option("--cpu", is_flag=True, help="The same as --device cpu.")
 @device_option()
 def kernels(
     cases: tuple[str, ...],
@@ -86,20 +87,22 @@ def kernels(
     heads: int | None,
     json_out: Path | None,
     markdown_out: Path | None,
+    cpu: bool,
     device: str,
 ) -> None:
     """Check the scan kernels against the float64 reference, then print times and memory.
 
     On a GPU the Triton kernels are measured beside other people's and beside the least time that the card's own
-    ceilings allow; on a CPU (--device cpu) the PyTorch backend beside a loop step by step, whose gradient needs
+    ceilings allow; on a CPU (--cpu) the PyTorch backend beside a loop step by step, whose gradient needs
     some GB. Run it on a quiet machine.
     """
     from genossm.errors import GenossmError
     from genossm.pipelines.benchmark import measure_kernels
 
+    device = "cpu" if cpu else device
     if device == "cpu" and (cases or quick or markdown_out is not None):
         raise click.UsageError(
-            "--case, --quick and --markdown are for a GPU; leave them out with --device cpu"
+            "--case, --quick and --markdown are for a GPU; leave them out with --cpu"
         )
 
     def save(result: object, markdown: str) -> None:
