@@ -55,10 +55,26 @@ class LowRankSSM(LinearSSM):
         half_dt = torch.exp(self.log_dt.double())[:, None, None] / 2
         identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
         right = torch.cat([identity + half_dt * A, 2 * half_dt * B[:, :, None]], 2)
-        # without asking the device whether it could be solved: A is stable, and so it can
-        solved = torch.linalg.solve_ex(identity - half_dt * A, right).result
+        solved = self._solved(right)
         C_real, C_imag = self.C.double().unbind(-1)  # C z + conj = 2 (Re C Re z - Im C Im z)
         return solved[..., :-1], solved[..., -1], math.sqrt(2) * torch.cat([C_real, -C_imag], -1)
+
+    def _solved(self, right_DNK: Tensor) -> Tensor:
+        """(1 - dt/2 A)^-1 right, by Woodbury's identity for A = Lambda - P P*: no solver, which a CUDA graph may not hold."""
+        half_dt = torch.exp(self.log_dt.double())[:, None] / 2
+        P = _real(self.P)
+        inverse_DM = 1 / (
+            1 - half_dt * torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
+        )
+        real, imag = inverse_DM.real[:, :, None], inverse_DM.imag[:, :, None]
+
+        def of_diagonal(x_DNK: Tensor) -> Tensor:
+            above, below = x_DNK.chunk(2, 1)
+            return torch.cat([real * above - imag * below, imag * above + real * below], 1)
+
+        solved, column = of_diagonal(right_DNK), of_diagonal(P[:, :, None])
+        share = half_dt / (1 + half_dt * (P * column[..., 0]).sum(1, keepdim=True))
+        return solved - column * (share * torch.einsum("dn,dnk->dk", P, solved))[:, None]
 
     def kernels(self, length: int) -> Tensor:
         """The inverse FFT of the truncated generating function at the roots of unity (S4, algorithm 1).
