@@ -328,5 +328,6 @@ if [ "${SLURM_RESTART_COUNT:-0}" -ge "$restarts" ]; then
   exit "$status"
 fi
 echo "the time limit is near: queueing again, to go on from here" >&2
-scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # the last task's own number is that of the whole array
+scontrol requeue "${job:-$SLURM_JOB_ID}" || exit "$status"
 """

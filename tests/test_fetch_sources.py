@@ -81,7 +81,12 @@ def test_a_blacklist(portal: PortalServer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"<html>maintenance</html>", gzip.compress(b""), REGIONS[:-20], gzip.compress(b"chr1\tx\ty\n")],
+    [
+        b"<html>maintenance</html>",
+        gzip.compress(b"", mtime=0),
+        REGIONS[:-20],
+        gzip.compress(b"chr1\tx\ty\n", mtime=0),
+    ],
 )
 def test_what_is_no_blacklist_is_refused(portal: PortalServer, tmp_path: Path, content: bytes) -> None:
     portal.files["/hg38-blacklist.v2.bed.gz"] = content

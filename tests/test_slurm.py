@@ -221,6 +221,19 @@ def test_a_signal_stops_the_command_and_the_time_limit_queues_again(
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
 
 
+def test_of_an_array_one_task_is_queued_again(tmp_path: Path) -> None:
+    """The last task's number is the array's, of which Slurm would queue all tasks."""
+    environment = bin_with(
+        tmp_path / "bin", genossm=PATIENT.replace("STATUS", "1"), scontrol='echo "$@" > requeued'
+    )
+    of_array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
+    process = run(train_job(["tiny"], Path("run"), CPU), tmp_path, {**environment, **of_array})
+    wait_for((tmp_path / "started").exists)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert (tmp_path / "requeued").read_text() == "requeue 77_3\n"
+
+
 def test_a_command_that_does_not_stop_is_queued_again_all_the_same(tmp_path: Path) -> None:
     environment = bin_with(
         tmp_path / "bin",

@@ -1,7 +1,7 @@
 """workflows/: the batch scripts are what `genossm slurm` prints; on a Slurm and with Snakemake they do what they say.
 
 The tests that submit jobs run only where GENOSSM_TEST_SLURM=1 says that this machine's Slurm is for tests
-(workflows/test-slurm.sh), the one that runs Snakemake here where `snakemake` is found.
+(make test-slurm), the one that runs Snakemake here where `snakemake` is found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORKFLOWS = ROOT / "workflows"
 SNAKEMAKE = os.environ.get("GENOSSM_SNAKEMAKE") or shutil.which("snakemake")
 needs_slurm = pytest.mark.skipif(
     os.environ.get("GENOSSM_TEST_SLURM") != "1",
-    reason="GENOSSM_TEST_SLURM=1 is not set: no Slurm for tests here",
+    reason="GENOSSM_TEST_SLURM=1 is not set: no Slurm for tests here (make test-slurm starts one)",
 )
 needs_snakemake = pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed")
 CPU = ["--device", "cpu", "--gpus", "0", "--cpus", "1", "--mem", "1500M", "--time", "20"]
@@ -64,10 +64,13 @@ def shell(command: str, folder: Path, *, status: int = 0) -> str:
 def wait_for_jobs(folder: Path, seconds: float = 400) -> None:
     """Until no job is left. A job that was queued again would wait two minutes first: it is told not to."""
     end = time.monotonic() + seconds
+    told: dict[str, float] = {}
     while waiting := shell("squeue -h -o '%i %T %r' -n genossm-train,genossm-predict,genossm-merge", folder):
         for job, _, reason in (line.split(maxsplit=2) for line in waiting.splitlines()):
-            if reason == "BeginTime":
-                shell(f"scontrol update jobid={job} StartTime=now || true", folder)
+            if reason == "BeginTime" and time.monotonic() > told.get(job, 0) + 10:
+                # Not at once: within a second of its end, slurmd takes it for the job that has ended and refuses it.
+                shell(f"scontrol update jobid={job} StartTime=now+3 || true", folder)
+                told[job] = time.monotonic()
         assert time.monotonic() < end, waiting
         time.sleep(0.5)
 

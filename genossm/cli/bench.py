@@ -101,9 +101,7 @@ def kernels(
 
     device = "cpu" if cpu else device
     if device == "cpu" and (cases or quick or markdown_out is not None):
-        raise click.UsageError(
-            "--case, --quick and --markdown are for a GPU; leave them out with --cpu"
-        )
+        raise click.UsageError("--case, --quick and --markdown are for a GPU; leave them out with --cpu")
 
     def save(result: object, markdown: str) -> None:
         _save({"kernels": result}, markdown, json_out, markdown_out)
