@@ -38,7 +38,7 @@ def slow_s4d(mixer: S4D, x: torch.Tensor, discretisation: str) -> torch.Tensor:
         A = torch.diag(torch.cat([half, half.conj()]))
         dt, identity = ssm.log_dt[d].exp(), torch.eye(A.shape[0], dtype=A.dtype)
         if discretisation == "zoh":
-            A_bar = torch.matrix_exp(dt * A)
+            A_bar = torch.diag(torch.exp(dt * A.diagonal()))  # torch.matrix_exp is off by up to 2e-10
             B_bar = torch.linalg.inv(A) @ (A_bar - identity) @ torch.ones(A.shape[0], dtype=A.dtype)
         else:
             inverse = torch.linalg.inv(identity - dt / 2 * A)
