@@ -78,30 +78,57 @@ def check_geometry(window_bp: int, margin_bp: int, bin_bp: int) -> None:
         )
 
 
-def tile(
-    chrom: str, length_bp: int, *, window_bp: int, margin_bp: int, bin_bp: int, split: str = ""
-) -> list[Window]:
-    """Windows whose targets cover each base of a chromosome once.
+def check_overlap(overlap_bp: int, window_bp: int, margin_bp: int, bin_bp: int) -> None:
+    """Refuse an overlap of neighbouring targets that cuts bins or leaves a base in more than two targets.
 
-    Target k is `[k*T, (k+1)*T)`, T = window_bp - 2*margin_bp. A chromosome no longer than T gives one window.
-    The last target may run past the end.
+    Raises:
+        ConfigError: it is negative, no multiple of the bin, or longer than half of the target.
+    """
+    target_bp = window_bp - 2 * margin_bp
+    if overlap_bp < 0 or overlap_bp % bin_bp or 2 * overlap_bp > target_bp:
+        raise ConfigError(
+            f"overlap of {overlap_bp} bp: it must be a multiple of the bin ({bin_bp} bp) from 0 to "
+            f"{target_bp // 2 // bin_bp * bin_bp} bp, half of the target of a window ({target_bp} bp)"
+        )
+
+
+def tile(
+    chrom: str,
+    length_bp: int,
+    *,
+    window_bp: int,
+    margin_bp: int,
+    bin_bp: int,
+    overlap_bp: int = 0,
+    split: str = "",
+) -> list[Window]:
+    """Windows whose targets cover each base of a chromosome once, or with an overlap once or twice.
+
+    Target k is `[k*S, k*S + T)`, T = window_bp - 2*margin_bp and S = T - overlap_bp. A chromosome no longer than T gives
+    one window. The last target may run past the end; no other one reaches it.
 
     Raises:
         DataError: `length_bp` below 1.
-        ConfigError: a geometry that `check_geometry` refuses.
+        ConfigError: a geometry that `check_geometry` refuses, or an overlap that `check_overlap` does.
     """
     check_geometry(window_bp, margin_bp, bin_bp)
+    check_overlap(overlap_bp, window_bp, margin_bp, bin_bp)
     if length_bp < 1:
         raise DataError(f"chromosome {chrom} has {length_bp} bases: there is nothing to tile")
-    target_bp = window_bp - 2 * margin_bp
-    starts = range(-margin_bp, length_bp - margin_bp, target_bp)
+    stride_bp = window_bp - 2 * margin_bp - overlap_bp
+    starts = range(-margin_bp, max(1, length_bp - overlap_bp) - margin_bp, stride_bp)
     return [Window(chrom, start, start + window_bp, split) for start in starts]
 
 
-def target_of(window: Window, margin_bp: int, length_bp: int) -> tuple[int, int]:
-    """The (start, end) of a window's target bases, clipped to the chromosome; (x, x) where none is inside."""
+def target_of(window: Window, margin_bp: int, length_bp: int, overlap_bp: int = 0) -> tuple[int, int]:
+    """The (start, end) of a window's target bases, clipped to the chromosome; (x, x) where none is inside.
+
+    With an overlap, those that are its own: without the last `overlap_bp`, unless it reaches the chromosome's end.
+    So of windows of `tile` each base is one's own, once.
+    """
     start = min(max(window.start + margin_bp, 0), length_bp)
-    return start, max(start, min(window.end - margin_bp, length_bp))
+    end = window.end - margin_bp
+    return start, max(start, length_bp if end >= length_bp else end - overlap_bp)
 
 
 def find_leaks(windows: Sequence[Window], *, margin_bp: int, lengths: Mapping[str, int]) -> list[Leak]:

@@ -81,8 +81,8 @@ class Parts:
 
     @cached_property
     def bases_read(self) -> list[int]:
-        """Bases that the windows of each part read: what it costs, unlike the bases it covers."""
-        return [sum(window.length_bp for window in group) for group in self.groups]
+        """Bases that the windows of each part read, and those they overlap: what it costs, unlike the bases it covers."""
+        return [sum(window.length_bp for window in self.selection.needed(group)) for group in self.groups]
 
     def bases(self, indices: Sequence[int]) -> int:
         """Bases that the targets of some parts cover."""

@@ -64,6 +64,7 @@ class Plan:
         assembly: of the model.
         record: what run.json says of all of it, whichever job makes which part.
         command: the words of the command that makes it in one piece.
+        overlap_bp: base pairs of target that neighbouring windows share.
     """
 
     identity: Mapping[str, Any]
@@ -79,13 +80,19 @@ class Plan:
     assembly: str
     record: Mapping[str, Any]
     command: tuple[str, ...]
+    overlap_bp: int = 0
 
     @cached_property
     def selection(self) -> Selection:
         """Bins and windows; the same wherever it is asked for."""
         ranges = {chrom: np.array(rows, dtype=np.int64).reshape(-1, 2) for chrom, rows in self.bins.items()}
         selection = selection_of(
-            self.lengths, ranges, window_bp=self.window_bp, margin_bp=self.margin_bp, bin_bp=self.bin_bp
+            self.lengths,
+            ranges,
+            window_bp=self.window_bp,
+            margin_bp=self.margin_bp,
+            bin_bp=self.bin_bp,
+            overlap_bp=self.overlap_bp,
         )
         return whole_chromosomes(selection) if self.whole else selection
 
@@ -109,16 +116,24 @@ class Plan:
 
 
 def part_size(
-    windows: int, window_bp: int, total_bp: int, *, whole: bool, device: str, batch_size: int
+    windows: int,
+    window_bp: int,
+    total_bp: int,
+    *,
+    whole: bool,
+    device: str,
+    batch_size: int,
+    overlap: bool = False,
 ) -> int:
     """`Plan.part_bp` of a new prediction: small enough to lose little by a kill, and 2,048 parts at most.
 
-    Windows: 8 on a CPU and 32 on CUDA, or more, in full batches. Whole chromosomes: a million bases, or more.
+    Windows: 8 on a CPU and 32 on CUDA, or more, in full batches. Of windows that overlap one less: the one before them
+    is computed with them. Whole chromosomes: a million bases, or more.
     """
     if whole:
         return max(SMALLEST_PART_BP, -(-total_bp // MOST_PARTS))
-    count = max(SMALLEST_PART_WINDOWS[device], -(-windows // MOST_PARTS))
-    return -(-count // batch_size) * batch_size * window_bp
+    count = max(SMALLEST_PART_WINDOWS[device], -(-windows // MOST_PARTS) + overlap)
+    return max(1, -(-count // batch_size) * batch_size - overlap) * window_bp
 
 
 def command_words(runs: Sequence[str], **options: Any) -> Iterator[str]:

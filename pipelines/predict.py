@@ -53,6 +53,7 @@ def predict(
     bed: StrPath | None = None,
     sequences: StrPath | None = None,
     mode: str = "windows",
+    overlap_bp: int = 0,
     chunk_bp: int | None = None,
     spill: StrPath | None = None,
     batch_size: int = 4,
@@ -90,6 +91,8 @@ def predict(
         sequences: a FASTA of sequences without coordinates; gives HDF5 arrays `/<record>/predictions`.
         mode: "windows": tiles of the training window, margins cropped. "chromosome": every chromosome that is named,
             or holds a region, as one sequence.
+        overlap_bp: base pairs of target that neighbouring windows share, a multiple of the model's bin and at most half of
+            the target; there values fade from one window's to the next one's, for more windows [mode windows].
         chunk_bp: base pairs of it at once, a multiple of the trunk's bin; by default 2^20 on CUDA and 2^18 on a CPU.
         spill: a folder that is there, for a temporary file of the features between layers [mode chromosome]. By
             default they wait in memory where that is enough, and otherwise in a file in `out`.
@@ -107,7 +110,8 @@ def predict(
         force: replace what is in `out`, another prediction or a finished one.
 
     Raises:
-        ConfigError: options that exclude each other, a mode that is not there, or one that the model cannot run in.
+        ConfigError: options that exclude each other, a mode that is not there, or one that the model cannot run in, an
+            overlap that does not fit the windows.
         DataError: names or regions that do not fit the genome, or `out` holds another prediction.
         CheckpointError, FileError, DeviceError: the model, a file or the device is not usable.
         PredictionStopped: SIGTERM came.
@@ -122,6 +126,7 @@ def predict(
         bed=bed,
         sequences=sequences,
         mode=mode,
+        overlap_bp=overlap_bp,
         chunk_bp=chunk_bp,
         spill=spill,
         batch_size=batch_size,

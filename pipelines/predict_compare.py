@@ -19,10 +19,10 @@ from genossm.genome import Genome
 from genossm.interval import bin_count
 from genossm.models.accessibility import AccessibilityModel
 from genossm.pipelines.device import describe
+from genossm.pipelines.plan import Plan
 from genossm.pipelines.predict_job import make_job
-from genossm.pipelines.selection import Selection
 from genossm.progress import progress, say
-from genossm.windows import Window
+from genossm.windows import Window, target_of
 
 GROUPS = 8
 NO_EDGE, CHROMOSOME_END = np.iinfo(np.int64).max - 1, np.iinfo(np.int64).max
@@ -53,7 +53,10 @@ class DifferenceRow:
 
 @dataclass(frozen=True, slots=True)
 class ModeComparison:
-    """The differences |windows - chromosome| of probabilities or expected values, by track and distance."""
+    """The differences |windows - chromosome| of probabilities or expected values, by track and distance.
+
+    Where windows overlap, a bin's distance is that in the window that holds it better.
+    """
 
     rows: tuple[DifferenceRow, ...]
     chroms: tuple[str, ...]
@@ -61,6 +64,7 @@ class ModeComparison:
     margin_bp: int
     precision: str
     device: str
+    overlap_bp: int = 0
 
     def to_mapping(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -68,9 +72,10 @@ class ModeComparison:
 
     def text(self) -> str:
         """A table for people."""
+        overlap = f", {self.overlap_bp:,} bp of overlap" if self.overlap_bp else ""
         lines = [
             f"|windows - chromosome| on {', '.join(self.chroms[:8])}{' ...' if len(self.chroms) > 8 else ''}: windows of "
-            f"{self.window_bp:,} bp with margins of {self.margin_bp:,} bp, {self.precision}",
+            f"{self.window_bp:,} bp with margins of {self.margin_bp:,} bp{overlap}, {self.precision}",
             f"{'track':20} {'bp from the edge':>20} {'bins':>12} {'mean':>10} {'rms':>10} {'largest':>10}",
         ]
         for row in self.rows:
@@ -87,6 +92,7 @@ def compare_modes(
     out: StrPath,
     *,
     chroms: str | Sequence[str] | None = None,
+    overlap_bp: int = 0,
     chunk_bp: int | None = None,
     spill: StrPath | None = None,
     batch_size: int = 4,
@@ -108,7 +114,7 @@ def compare_modes(
         "precision": precision,
         "device": device,
     }
-    by_windows = make_job(model, genome, out, **common)
+    by_windows = make_job(model, genome, out, overlap_bp=overlap_bp, **common)
     whole = make_job(
         by_windows.networks, genome, out, mode="chromosome", chunk_bp=chunk_bp, spill=spill, **common
     )
@@ -124,7 +130,7 @@ def compare_modes(
             difference = np.concatenate(list(by_windows.values([windows], folder, bar.update)))
             (values,) = whole.values([[Window(chrom, 0, plan.lengths[chrom])]], folder, bar.update)
             difference -= values
-            distance = _distances(plan.selection, windows, plan.margin_bp)
+            distance = _distances(windows, plan)
             there = ~np.isnan(difference[:, 0])
             for index, table in enumerate(tables):
                 table.add(np.abs(difference[there, index], dtype=np.float64), distance[there])
@@ -137,6 +143,7 @@ def compare_modes(
         margin_bp=plan.margin_bp,
         precision=by_windows.precision,
         device=describe(by_windows.device),
+        overlap_bp=plan.overlap_bp,
     )
     atomic_write_text(folder / REPORT_FILE, json.dumps(report.to_mapping(), indent=2) + "\n")
     return report
@@ -184,18 +191,21 @@ class _Table:
         )
 
 
-def _distances(selection: Selection, windows: Sequence[Window], end_bp: int) -> npt.NDArray[np.int64]:
+def _distances(windows: Sequence[Window], plan: Plan) -> npt.NDArray[np.int64]:
     """int64 (bins,) of a chromosome, from its windows: bp from a bin to the nearest edge of its window that lies inside
-    the chromosome, NO_EDGE where none does, CHROMOSOME_END up to `end_bp` from its own ends."""
-    length_bp, bin_bp = selection.lengths[windows[0].chrom], selection.bin_bp
-    distance = np.full(bin_count(length_bp, bin_bp), NO_EDGE, dtype=np.int64)
+    the chromosome, NO_EDGE where none does, CHROMOSOME_END up to a margin from its own ends."""
+    length_bp, bin_bp = plan.lengths[windows[0].chrom], plan.bin_bp
+    distance = np.zeros(bin_count(length_bp, bin_bp), dtype=np.int64)
     for window in windows:
-        first, stop = selection.target_bins(window)
-        starts = np.arange(first, stop, dtype=np.int64) * bin_bp
+        start, end = target_of(window, plan.margin_bp, length_bp)
+        starts = np.arange(start, end, bin_bp, dtype=np.int64)
+        found = np.full(len(starts), NO_EDGE, dtype=np.int64)
         if window.start > 0:
-            distance[first:stop] = starts - window.start
+            found = starts - window.start
         if window.end < length_bp:
-            distance[first:stop] = np.minimum(distance[first:stop], window.end - starts - bin_bp)
-    near = end_bp // bin_bp
+            found = np.minimum(found, window.end - starts - bin_bp)
+        held = distance[start // bin_bp :][: len(found)]
+        np.maximum(held, found, out=held)
+    near = plan.margin_bp // bin_bp
     distance[:near] = distance[max(0, len(distance) - near) :] = CHROMOSOME_END
     return distance

@@ -42,8 +42,8 @@ StrPath = str | os.PathLike[str]
 class PredictionEstimate:
     """What `predict` expects to do; sizes in bytes, times in seconds.
 
-    `windows`, `bases` (of their targets), `parts` and `found` (of these, there already) are those of the shard, or of
-    all. `compute_seconds` is for the parts that are not there, every window taken for one that has bases;
+    `windows` (those that are computed in two parts count twice), `bases` (of their targets), `parts` and `found` (of
+    these, there already) are those of the shard, or of all. `compute_seconds` is for the parts that are not there, every window taken for one that has bases;
     `write_seconds` is for the files, which a shard leaves to `merge`. `host_bytes` and `device_bytes` are peaks, the
     second None without a GPU; `parts_bytes` lie beside `output_bytes` until the end.
     """
@@ -142,7 +142,7 @@ def estimate(
         precision=job.precision,
         tracks=tracks,
         chroms=len({window.chrom for index in indices for window in parts.groups[index]}),
-        windows=sum(len(parts.groups[index]) for index in indices),
+        windows=sum(len(plan.selection.needed(parts.groups[index])) for index in indices),
         bases=parts.bases(indices),
         parts=len(indices),
         found=len(indices) - len(missing),
@@ -198,6 +198,7 @@ def _with_bases(job: Job) -> list[Window]:
 
 def _done(job: Job, windows: list[Window], times: int) -> list[float]:
     """Seconds from the start until each of so many batches was done."""
+    job = replace(job, plan=replace(job.plan, overlap_bp=0))  # these windows alone
     started = time.perf_counter()
     values = job.values([windows] * times, Path(tempfile.gettempdir()))
     ends = [time.perf_counter() - started for _ in values]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import exp
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import MAX_LOG_RATE, unscaled
+from genossm.pipelines.blend import blended
 from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes
 from genossm.pipelines.device import pick_device
 from genossm.pipelines.plan import OutputOptions, Plan, PlannedTrack, command_words, part_size
@@ -67,11 +68,11 @@ class Job:
         overflow: Path,
         advance: Callable[[int], object] | None = None,
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """For each window of each group, in order, its target bins inside the chromosome: float32 (bins, tracks), gaps NaN.
+        """For each window of each group, in order, the bins that are its own: float32 (bins, tracks), gaps NaN.
 
-        Of several models the mean. No batch has windows of two groups, so values do not depend on the other groups.
-        `overflow` is for features of a chromosome that is too long for memory; `advance` is told the base pairs that
-        were done.
+        Of several models the mean. No batch has windows of two groups, and a group's first window is blended with the
+        one before it again, so values do not depend on the other groups. `overflow` is for features of a chromosome that
+        is too long for memory; `advance` is told the base pairs that are done.
         """
         last = self.networks[-1]
         streams = [
@@ -91,22 +92,23 @@ class Job:
         overflow: Path,
         advance: Callable[[int], object] | None,
     ) -> Iterator[npt.NDArray[np.float32]]:
-        windows = [window for group in groups for window in group]
         if self.chunk_bp is None:
-            return predict_windows(
+            selection = self.plan.selection
+            needed = [selection.needed(group) for group in groups]
+            targets = predict_windows(
                 network,
                 self.reference,
-                windows,
+                chain.from_iterable(needed),
                 batch_size=self.batch_size,
                 device=self.device,
-                progress=advance,
                 precision=self.precision,
-                starts=set(accumulate(map(len, groups))),
+                starts=set(accumulate(map(len, needed))),
             )
+            return blended(selection, groups, targets, advance)
         values = predict_chromosomes(
             network,
             self.reference,
-            windows,
+            list(chain.from_iterable(groups)),
             chunk_bp=self.chunk_bp,
             device=self.device,
             spill=self.spill,
@@ -135,6 +137,7 @@ def make_job(
     bed: StrPath | None = None,
     sequences: StrPath | None = None,
     mode: str = "windows",
+    overlap_bp: int = 0,
     chunk_bp: int | None = None,
     spill: StrPath | None = None,
     batch_size: int = 4,
@@ -147,7 +150,7 @@ def make_job(
 ) -> Job:
     """Check all that can be checked before anything is computed or written; arguments and errors as of `predict`."""
     _check_options(genome, sequences, chroms, regions, bed, batch_size, call_peaks, threshold)
-    _check_mode(mode, chunk_bp, spill)
+    _check_mode(mode, overlap_bp, chunk_bp, spill)
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("hdf5_dtype", hdf5_dtype, ("float16", "float32"))
     chosen = pick_device(device)
@@ -167,6 +170,7 @@ def make_job(
         window_bp=network.window_bp,
         margin_bp=network.margin_bp,
         bin_bp=network.bin_bp,
+        overlap_bp=overlap_bp,
         chroms=chroms,
         regions=regions,
         bed=bed,
@@ -201,6 +205,7 @@ def make_job(
             whole=whole,
             device=chosen.type,
             batch_size=batch_size,
+            overlap=overlap_bp > 0,
         ),
         options=OutputOptions(
             hdf5=("float32" if hdf5_dtype == "float32" else "float16")
@@ -215,6 +220,7 @@ def make_job(
             "models": described,
             "genome": {"path": str(reference.path), "sha256": reference.sha256},
             "mode": mode,
+            "overlap_bp": None if whole else overlap_bp,
             "chunk_bp": chunks,
             "bin_bp": network.bin_bp,
             "strands": network.strands,
@@ -231,6 +237,7 @@ def make_job(
                 region=[regions] if isinstance(regions, str | Interval) else regions,
                 bed=None if bed is None else Path(bed).absolute(),
                 mode=mode,
+                overlap=overlap_bp or None,
                 chunk_bp=chunk_bp,
                 spill=None if spill is None else Path(spill).absolute(),
                 batch_size=batch_size,
@@ -242,6 +249,7 @@ def make_job(
                 threshold=threshold,
             )
         ),
+        overlap_bp=overlap_bp,
     )
     return Job(networks, reference, plan, chosen, computed, batch_size, chunks if whole else None, spill)
 
@@ -322,7 +330,9 @@ def _check_options(
         )
 
 
-def _check_mode(mode: str, chunk_bp: int | None, spill: str | os.PathLike[str] | None) -> None:
+def _check_mode(
+    mode: str, overlap_bp: int, chunk_bp: int | None, spill: str | os.PathLike[str] | None
+) -> None:
     if mode not in MODES:
         raise ConfigError(f"the mode {mode!r} is not there; allowed are {' and '.join(MODES)}")
     for name, value in (("chunk_bp", chunk_bp), ("spill", spill)):
@@ -330,6 +340,10 @@ def _check_mode(mode: str, chunk_bp: int | None, spill: str | os.PathLike[str] |
             raise ConfigError(
                 f"{name} is {value}, which the mode {mode} does not use; ask for the mode chromosome"
             )
+    if overlap_bp and mode != "windows":
+        raise ConfigError(
+            f"overlap_bp is {overlap_bp}, which the mode {mode} does not use; ask for the mode windows"
+        )
     if spill is not None and not Path(spill).is_dir():
         raise FileError(f"the folder {spill} for features between layers is not there: make it first")
 
@@ -383,6 +397,8 @@ def _identity(
         "mode": mode,
         "strands": model.strands if len(models) == 1 else [one.strands for one in models],
         "precision": precision,
+        # not where there is none: predictions of before are still the same ones
+        **({"overlap_bp": selection.overlap_bp} if selection.overlap_bp else {}),
     }
 
 

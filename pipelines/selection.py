@@ -22,7 +22,8 @@ class Selection:
     """Wanted bins and the windows that hold them, both in genome order.
 
     `bins[chrom]` is int64 (n, 2): sorted, disjoint half-open ranges of bin numbers. Windows lie on the same
-    grid as those of the whole chromosome, so a bin's value never depends on what else was asked for.
+    grid as those of the whole chromosome, so a bin's value never depends on what else was asked for. Targets of
+    neighbours overlap by `overlap_bp`: these bins are the later one's own, and hold a blend of both (`blended`).
     """
 
     lengths: Mapping[str, int]
@@ -30,10 +31,11 @@ class Selection:
     windows: tuple[Window, ...]
     bin_bp: int
     margin_bp: int
+    overlap_bp: int = 0
 
     def target_bins(self, window: Window) -> tuple[int, int]:
-        """First and past-the-last bin number of a window's target inside the chromosome."""
-        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom])
+        """First and past-the-last bin number of a window's own target inside the chromosome; each bin is one window's."""
+        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom], self.overlap_bp)
         return start // self.bin_bp, -(-end // self.bin_bp)
 
     def wanted(self, chrom: str, first: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
@@ -48,9 +50,26 @@ class Selection:
         return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
     def target_bp_of(self, window: Window) -> int:
-        """Bases of a window's target inside the chromosome."""
-        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom])
+        """Bases of a window's own target inside the chromosome."""
+        start, end = target_of(window, self.margin_bp, self.lengths[window.chrom], self.overlap_bp)
         return end - start
+
+    def before(self, window: Window) -> Window | None:
+        """The window on the grid whose target overlaps the first bins of this one's; None where there is none."""
+        if not self.overlap_bp or window.start + self.margin_bp <= 0:
+            return None
+        stride_bp = window.length_bp - 2 * self.margin_bp - self.overlap_bp
+        return replace(window, start=window.start - stride_bp, end=window.end - stride_bp)
+
+    def needed(self, windows: Iterable[Window]) -> list[Window]:
+        """The windows that the values of `windows` need, in order: before each the one that overlaps it, once."""
+        found: list[Window] = []
+        for window in windows:
+            before = self.before(window)
+            if before is not None and found[-1:] != [before]:
+                found.append(before)
+            found.append(window)
+        return found
 
     @property
     def target_bp(self) -> int:
@@ -64,6 +83,7 @@ def select(
     window_bp: int,
     margin_bp: int,
     bin_bp: int,
+    overlap_bp: int = 0,
     chroms: str | Sequence[str] | None = None,
     regions: str | Interval | Sequence[str | Interval] | None = None,
     bed: str | os.PathLike[str] | None = None,
@@ -73,12 +93,13 @@ def select(
     Args:
         lengths: chromosome lengths in bp, in genome order.
         window_bp, margin_bp, bin_bp: geometry of the model.
+        overlap_bp: base pairs of target that neighbouring windows share.
         chroms: whole chromosomes, or the name of one.
         regions: "chrom:start-end" (0-based half-open), a bare chromosome name, or intervals; several or one.
         bed: a BED, narrowPeak or broadPeak file, plain or gzip; its regions are joined with `regions`.
 
     Raises:
-        ConfigError: chromosomes together with regions.
+        ConfigError: chromosomes together with regions, or an overlap that `check_overlap` refuses.
         DataError: a name the genome does not have, a region past a chromosome's end, or nothing to predict.
     """
     if chroms is not None and (regions is not None or bed is not None):
@@ -107,7 +128,9 @@ def select(
                 bins[chrom] = np.stack([firsts, stops], axis=1)
     if not bins:
         raise DataError("there is nothing to predict: no region holds a base; give regions of at least 1 bp")
-    return selection_of(lengths, bins, window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
+    return selection_of(
+        lengths, bins, window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp, overlap_bp=overlap_bp
+    )
 
 
 def selection_of(
@@ -117,27 +140,37 @@ def selection_of(
     window_bp: int,
     margin_bp: int,
     bin_bp: int,
+    overlap_bp: int = 0,
 ) -> Selection:
     """The selection of bins that are known, see `Selection.bins`: with the windows that hold them."""
     windows: list[Window] = []
     for chrom, ranges in bins.items():
-        grid = tile(chrom, lengths[chrom], window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp)
-        # one window is every bin's: most contigs of an assembly
-        windows += grid if len(grid) == 1 else _overlapping(grid, ranges, margin_bp, bin_bp, lengths[chrom])
-    return Selection(dict(lengths), bins, tuple(windows), bin_bp, margin_bp)
+        grid = tile(
+            chrom,
+            lengths[chrom],
+            window_bp=window_bp,
+            margin_bp=margin_bp,
+            bin_bp=bin_bp,
+            overlap_bp=overlap_bp,
+        )
+        if len(grid) > 1:  # one window is every bin's: most contigs of an assembly
+            targets = [target_of(window, margin_bp, lengths[chrom], overlap_bp) for window in grid]
+            grid = _overlapping(grid, targets, ranges * bin_bp)
+        windows += grid
+    return Selection(dict(lengths), bins, tuple(windows), bin_bp, margin_bp, overlap_bp)
 
 
 def whole_chromosomes(selection: Selection) -> Selection:
     """The same bins, with one window for each chromosome: all of it, without margins."""
     windows = tuple(Window(chrom, 0, selection.lengths[chrom]) for chrom in selection.bins)
-    return replace(selection, windows=windows, margin_bp=0)
+    return replace(selection, windows=windows, margin_bp=0, overlap_bp=0)
 
 
 def _overlapping(
-    grid: Sequence[Window], ranges: npt.NDArray[np.int64], margin_bp: int, bin_bp: int, length_bp: int
+    grid: Sequence[Window], own: Sequence[tuple[int, int]], ranges: npt.NDArray[np.int64]
 ) -> list[Window]:
-    targets = np.array([target_of(window, margin_bp, length_bp) for window in grid], dtype=np.int64)
-    starts, ends = ranges[:, 0] * bin_bp, ranges[:, 1] * bin_bp
+    """The windows whose `own` bases meet one of the ranges, in bases."""
+    targets, (starts, ends) = np.array(own, dtype=np.int64), ranges.T
     # The ranges are sorted and disjoint: a target meets one when the first range that ends after the target's
     # start begins before the target's end.
     candidate = np.searchsorted(ends, targets[:, 0], side="right")

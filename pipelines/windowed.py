@@ -18,11 +18,12 @@ from genossm.errors import DataError, DeviceError
 from genossm.genome import Genome
 from genossm.interval import Interval
 from genossm.models.accessibility import AccessibilityModel
+from genossm.pipelines.blend import blended
 from genossm.pipelines.cuda_graphs import GraphedPrediction
 from genossm.pipelines.device import describe
 from genossm.pipelines.selection import select
 from genossm.sequence import NO_BASE
-from genossm.windows import Window, target_of
+from genossm.windows import Window
 
 Progress = Callable[[int], object]
 Precision = Literal["float32", "bf16"]
@@ -43,6 +44,7 @@ def predict_chromosome(
     progress: Progress | None = None,
     start: int = 0,
     end: int | None = None,
+    overlap_bp: int = 0,
 ) -> npt.NDArray[np.float32]:
     """Predictions of one chromosome, or of its bases [start, end), in memory.
 
@@ -54,6 +56,7 @@ def predict_chromosome(
         device: where to compute.
         progress: told the base pairs of each finished window.
         start, end: base pairs, 0-based half-open; None is the chromosome's end.
+        overlap_bp: base pairs of target that neighbouring windows share and are blended in, see `predict`.
 
     Returns:
         float32 (bins, tracks): the bins that overlap [start, end), the first being number start // bin. Bins
@@ -61,6 +64,7 @@ def predict_chromosome(
 
     Raises:
         DataError: the chromosome is unknown or the range does not lie inside it.
+        ConfigError: the overlap is no multiple of the bin, or longer than half of a window's target.
     """
     genome.chromosome(chrom)
     interval = Interval(chrom, start, genome.lengths[chrom] if end is None else end)
@@ -69,13 +73,14 @@ def predict_chromosome(
         window_bp=model.window_bp,
         margin_bp=model.margin_bp,
         bin_bp=model.bin_bp,
+        overlap_bp=overlap_bp,
         regions=[interval],
     )
     first, stop = (int(edge) for edge in selection.bins[chrom][0])
     values = np.full((stop - first, len(model.tracks)), np.nan, dtype=np.float32)
-    blocks = predict_windows(
-        model, genome, selection.windows, batch_size=batch_size, device=device, progress=progress
-    )
+    needed = selection.needed(selection.windows)
+    targets = predict_windows(model, genome, needed, batch_size=batch_size, device=device)
+    blocks = blended(selection, [selection.windows], targets, progress)
     for window, block in zip(selection.windows, blocks, strict=True):
         low, high = selection.target_bins(window)
         kept_low, kept_high = max(low, first), min(high, stop)
@@ -90,7 +95,6 @@ def predict_windows(
     *,
     batch_size: int,
     device: torch.device | str,
-    progress: Progress | None = None,
     precision: Precision = "float32",
     starts: Container[int] = (),
 ) -> Iterator[npt.NDArray[np.float32]]:
@@ -117,9 +121,9 @@ def predict_windows(
         for batch in _ahead(_batches(model, genome, windows, batch_size, starts)):
             under_way.append(start(batch))
             if len(under_way) > UNDER_WAY:
-                yield from _finished(under_way.popleft(), len(model.tracks), progress)
+                yield from _finished(under_way.popleft(), len(model.tracks))
         while under_way:
-            yield from _finished(under_way.popleft(), len(model.tracks), progress)
+            yield from _finished(under_way.popleft(), len(model.tracks))
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{describe(place)} has not enough memory for batches of {batch_size} windows of "
@@ -141,10 +145,9 @@ def placed(model: AccessibilityModel, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Item:
-    """A window on its way: which of its target bins are gaps, and the base pairs it stands for."""
+    """A window on its way: which of its target bins inside the chromosome are gaps."""
 
     gap: npt.NDArray[np.bool_]
-    target_bp: int
 
     @property
     def needs_model(self) -> bool:
@@ -185,9 +188,7 @@ def _batches(
         seen = codes[used]
         reader.fill(seen, window.chrom, window.start)
         length_bp = genome.lengths[window.chrom]
-        gap = gap_bins(seen, window, model.margin_bp, model.bin_bp, length_bp)
-        start, end = target_of(window, model.margin_bp, length_bp)
-        items.append(_Item(gap, end - start))
+        items.append(_Item(gap_bins(seen, window, model.margin_bp, model.bin_bp, length_bp)))
         used += items[-1].needs_model
         if used == batch_size:
             yield _Batch(items, torch.from_numpy(codes))
@@ -233,7 +234,7 @@ def _starter(
     return start
 
 
-def _finished(batch: _UnderWay, tracks: int, progress: Progress | None) -> Iterator[npt.NDArray[np.float32]]:
+def _finished(batch: _UnderWay, tracks: int) -> Iterator[npt.NDArray[np.float32]]:
     """The values of each window of one batch."""
     if batch.arrival is not None:
         batch.arrival.synchronize()
@@ -248,8 +249,6 @@ def _finished(batch: _UnderWay, tracks: int, progress: Progress | None) -> Itera
                     "the model gave NaN or infinity where the genome has bases: its weights are damaged or "
                     "overflowed; train it again"
                 )
-        if progress is not None:
-            progress(item.target_bp)
         yield values
 
 

@@ -97,6 +97,26 @@ def test_json_regions_bed_and_arrays(
     assert result["tracks"]["cuts"]["kind"] == "signal"
 
 
+def test_overlap_and_what_it_will_cost(
+    run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--json", "predict", str(run_folder), "--genome", str(fasta), "--device", "cpu"]
+    command = [*start, "-o", str(tmp_path / "out"), "--overlap", "1536", "--batch-size", "4"]
+    assert main([*start, "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    plain = json.loads(capsys.readouterr().out)["estimate"]
+    assert main([*command, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimate"]["windows"] > 1.7 * plain["windows"]
+    assert main([*command, "--devices", "cpu,cpu"]) == 0  # processes that are told by words
+    by_call = predict(run_folder, fasta, tmp_path / "api", overlap_bp=1536, device="cpu", batch_size=4)
+    for name in ("peaks.bw", "cuts.bw"):
+        assert (tmp_path / "out" / name).read_bytes() == (by_call.folder / name).read_bytes()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["overlap_bp"] == record["identity"]["overlap_bp"] == 1536
+    capsys.readouterr()
+    assert main([*start, "-o", str(tmp_path / "compare"), "--overlap", "64", "--compare"]) == 0
+    assert json.loads(capsys.readouterr().out)["overlap_bp"] == 64
+
+
 def test_sequences(run_folder: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["predict", str(run_folder), "--sequences", str(fasta), "-o", str(out), "--device", "cpu"]
@@ -169,6 +189,13 @@ def test_attention_to_everything_cannot_run_by_chunks(
             "it must be a multiple of the model's bin of 32 bp",
         ),
         (["--mode", "chromosome", "--spill", "/nowhere"], 2, "Invalid value for '--spill'"),
+        (
+            ["--overlap", "100"],
+            1,
+            "overlap of 100 bp: it must be a multiple of the bin (32 bp) from 0 to 1536 bp",
+        ),
+        (["--overlap", "64", "--mode", "chromosome"], 2, "--overlap needs --mode windows"),
+        (["--overlap", "-32"], 2, "Invalid value for '--overlap'"),
         (["--batch-size", "0"], 2, "Invalid value for '--batch-size'"),
         (["--sequences", "x.fa"], 2, "give one of --genome FASTA and --sequences FASTA"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genossm.errors import ConfigError, DataError, FileError
+from genossm.pipelines.selection import select
 from genossm.windows import (
     Window,
     check_geometry,
+    check_overlap,
     find_leaks,
     read_windows,
     split_distance,
@@ -44,6 +47,46 @@ def test_tile_makes_every_base_a_target_once(geometry: tuple[int, int, int], len
     assert (times == 1).all()
     assert {window.length_bp for window in windows} == {window_bp}
     assert {(window.chrom, window.split) for window in windows} == {("chr1", "train")}
+
+
+@given(geometry=geometries(), length_bp=st.integers(1, 2_000), data=st.data())
+def test_of_overlapping_windows_each_base_is_the_own_of_one(
+    geometry: tuple[int, int, int], length_bp: int, data: st.DataObject
+) -> None:
+    window_bp, margin_bp, bin_bp = geometry
+    target_bp = window_bp - 2 * margin_bp
+    overlap_bp = bin_bp * data.draw(st.integers(0, target_bp // 2 // bin_bp))
+    windows = tile(
+        "chr1", length_bp, window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp, overlap_bp=overlap_bp
+    )
+    own = [target_of(window, margin_bp, length_bp, overlap_bp) for window in windows]
+    assert own[0][0] == 0 and own[-1][1] == length_bp
+    assert all(end == start for (_, end), (start, _) in pairwise(own))
+    assert all(start < end and start % bin_bp == 0 for start, end in own)
+    # all but the last have a whole target, and what the next one is blended with is all in its own
+    full = [target_of(window, margin_bp, length_bp) for window in windows]
+    assert all(end - start == target_bp and end < length_bp for start, end in full[:-1])
+    assert all(end - start >= overlap_bp for start, end in own[1:])
+    times = np.zeros(length_bp, dtype=int)
+    for start, end in full:
+        times[start:end] += 1
+    assert times.max() <= 2 and (times == 2).sum() == overlap_bp * (len(windows) - 1)
+    assert (len(windows) == 1) == (length_bp <= target_bp)
+    selection = select(
+        {"chr1": length_bp}, window_bp=window_bp, margin_bp=margin_bp, bin_bp=bin_bp, overlap_bp=overlap_bp
+    )
+    assert selection.needed(windows) == windows == list(selection.windows)
+    for before, window in pairwise(windows):
+        assert selection.needed([window]) == ([before, window] if overlap_bp else [window])
+
+
+@pytest.mark.parametrize("overlap_bp", [-8, 4, 56])
+def test_overlaps_that_are_refused(overlap_bp: int) -> None:
+    check_overlap(48, 128, 16, 8)
+    with pytest.raises(
+        ConfigError, match=rf"overlap of {overlap_bp} bp: .* from 0 to 48 bp, half of the target"
+    ):
+        tile("c", 1_000, window_bp=128, margin_bp=16, bin_bp=8, overlap_bp=overlap_bp)
 
 
 def test_tile_of_known_numbers() -> None:

@@ -14,7 +14,7 @@ from genossm.cli.options import batch_size_option, device_option, out_option
 if TYPE_CHECKING:
     from genossm.pipelines.collect import PredictionResult
 
-COMPARED = ("genome", "out", "chroms", "chunk_bp", "spill", "batch_size", "precision", "device")
+COMPARED = ("genome", "out", "chroms", "overlap_bp", "chunk_bp", "spill", "batch_size", "precision", "device")
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -46,6 +46,16 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--mode", type=click.Choice(["windows", "chromosome"]), default="windows", show_default=True,
               help="windows: tiles of the training window, margins cropped. chromosome: each as one sequence; "
               "a killed run then loses the chromosome in hand.")  # fmt: skip
+@click.option(
+    "--overlap",
+    "overlap_bp",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="BP",
+    help="Bases of target that neighbouring windows share, where values fade from one to the other: a multiple of the "
+    "bin, at most half of the target. Costs target/(target - BP) times the compute.",
+)
 @click.option(
     "--chunk-bp",
     type=click.IntRange(min=1),
@@ -181,6 +191,8 @@ def _check_usage(options: Mapping[str, Any]) -> None:
     for name in ("chunk_bp", "spill"):
         if options[name] is not None and options["mode"] != "chromosome" and not options["compare"]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --mode chromosome")
+    if options["overlap_bp"] and options["mode"] != "windows":
+        raise click.UsageError("--overlap needs --mode windows")
     if options["shard"] is not None:
         from genossm.errors import ConfigError
         from genossm.pipelines.shards import Shard
