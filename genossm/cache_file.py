@@ -80,6 +80,15 @@ def open_or_build(
     )
 
 
+def cache_folder() -> Path | None:
+    """`$GENOSSM_CACHE`, else ~/.cache/genossm, there or not; None where neither is known."""
+    if chosen := os.environ.get("GENOSSM_CACHE"):
+        return Path(os.path.expanduser(chosen)).absolute()
+    home = os.path.expanduser("~")
+    # Some containers run a user without a home, whose ~ stays as it is.
+    return None if home == "~" else Path(home, ".cache", "genossm")
+
+
 def file_stamp(path: Path) -> list[Any]:
     """Size and time of change of a file.
 
@@ -146,13 +155,12 @@ def _cache_paths(source: Path, tag: str, cache_dir: Path | None) -> tuple[list[P
     if cache_dir is not None:
         return [cache_dir / named], [cache_dir / named]
     beside = source.with_name(f"{source.name}.{tag}")
-    if chosen := os.environ.get("GENOSSM_CACHE"):
-        elsewhere = Path(os.path.expanduser(chosen)).absolute() / named
-        return [elsewhere, beside], [elsewhere]
-    home = os.path.expanduser("~")
-    # Some containers run a user without a home, whose ~ stays as it is.
-    places = [beside] if home == "~" else [beside, Path(home, ".cache", "genossm", named)]
-    return places, places
+    folder = cache_folder()
+    if folder is None:
+        return [beside], [beside]
+    if os.environ.get("GENOSSM_CACHE"):
+        return [folder / named, beside], [folder / named]
+    return [beside, folder / named], [beside, folder / named]
 
 
 def _can_write(folder: Path) -> bool:

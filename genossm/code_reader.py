@@ -42,6 +42,12 @@ class CodeReader:
             out = out[low - start : high - start]
         self._file.fill(out, offset + low)
 
+    def read(self, chrom: str, start: int, end: int) -> npt.NDArray[np.int8]:
+        """The same of bases [start, end) in an array of its own."""
+        out = np.empty(end - start, dtype=np.int8)
+        self.fill(out, chrom, start)
+        return out
+
     def __getstate__(self) -> dict[str, Any]:
         return {"genome": self._genome}
 

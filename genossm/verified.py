@@ -14,6 +14,7 @@ from typing import Any
 
 from genossm.amounts import size_text
 from genossm.atomic import atomic_write_text
+from genossm.cache_file import cache_folder
 from genossm.dataset import PreparedDataset
 from genossm.progress import say
 
@@ -65,9 +66,5 @@ def _state(dataset: PreparedDataset) -> dict[str, Any]:
 
 
 def _note_of(dataset: PreparedDataset) -> Path | None:
-    chosen = os.environ.get("GENOSSM_CACHE")
-    folder = os.path.expanduser(chosen or "~/.cache/genossm")
-    if folder.startswith("~"):  # some containers run a user without a home
-        return None
-    key = hashlib.sha256(os.fsencode(dataset.folder)).hexdigest()[:16]
-    return Path(folder).absolute() / f"verified-{key}.json"
+    folder, key = cache_folder(), hashlib.sha256(os.fsencode(dataset.folder)).hexdigest()[:16]
+    return None if folder is None else folder / f"verified-{key}.json"

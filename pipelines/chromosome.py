@@ -127,9 +127,7 @@ def _values(
     """The values of all bins of the padded chromosome: float32 (bins, tracks)."""
 
     def read(start: int, end: int) -> Tensor:
-        codes = np.empty(end - start, dtype=np.int8)
-        reader.fill(codes, chrom, start)
-        return torch.from_numpy(codes)[None]
+        return torch.from_numpy(reader.read(chrom, start, end))[None]
 
     done, told = 0.0, 0
 
@@ -153,8 +151,7 @@ def _gaps(reader: CodeReader, chrom: str, length_bp: int, bin_bp: int) -> npt.ND
     piece_bp, gaps = GAP_BINS * bin_bp, []
     for start in range(0, length_bp, piece_bp):
         end = min(start + piece_bp, -(-length_bp // bin_bp) * bin_bp)
-        codes = np.empty(end - start, dtype=np.int8)
-        reader.fill(codes, chrom, start)
+        codes = reader.read(chrom, start, end)
         gaps.append(gap_bins(codes, Window(chrom, start, end), 0, bin_bp, length_bp))
     return np.concatenate(gaps)
 

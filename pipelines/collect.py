@@ -23,10 +23,9 @@ from genossm.pipelines.track_files import (
     recorded,
     write_files,
 )
-from genossm.pipelines.worker_pool import in_processes
+from genossm.pipelines.worker_pool import in_processes, usual_jobs
 from genossm.progress import progress, say
 
-MOST_JOBS = 8
 POOL_FROM_VALUES = 1 << 23
 """Fewer values than these are written sooner than processes start."""
 
@@ -122,16 +121,8 @@ def writers(bins: int, files: int, jobs: int | None, free_bytes: int) -> int:
     if jobs is None:
         if bins * files < POOL_FROM_VALUES:
             return 1
-        jobs = min(MOST_JOBS, _cores())
+        jobs = usual_jobs()
     return max(1, min(jobs, files, free_bytes // max(1, FIXED_BYTES * bins)))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 def _summary(parts: Parts, records: Sequence[Record]) -> dict[str, Any]:

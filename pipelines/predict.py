@@ -33,7 +33,7 @@ from genossm.pipelines.plan import PARTS_FOLDER, PLAN_FILE, Plan, read_plan, set
 from genossm.pipelines.predict_job import Job, make_job
 from genossm.pipelines.shards import Shard
 from genossm.pipelines.spread import spread
-from genossm.pipelines.stop import stop_on_sigterm
+from genossm.pipelines.stop import stop_asked
 from genossm.pipelines.windowed import predict_chromosome
 from genossm.progress import progress, say
 from genossm.windows import Window
@@ -179,7 +179,7 @@ def _computed(job: Job, parts: Parts, folder: Path, shard: Shard | None) -> Pred
 
     bases = parts.bases(indices)
     with (
-        stop_on_sigterm("the part in hand") as stopped,
+        stop_asked("the part in hand") as stopped,
         job.placed(),
         progress(total=bases, unit="bp", description="predict", scale=True) as bar,
     ):

@@ -39,7 +39,7 @@ from genossm.pipelines.prepare_columns import (
 from genossm.pipelines.prepare_estimate import estimate_work
 from genossm.pipelines.prepare_targets import is_compressed, write_targets
 from genossm.pipelines.staging import PIECE_SUFFIX, Stage
-from genossm.pipelines.worker_pool import Advance, in_processes
+from genossm.pipelines.worker_pool import Advance, in_processes, usual_jobs
 from genossm.progress import progress, say
 from genossm.scaling import fit_scaling
 from genossm.storage import common_dtype
@@ -49,7 +49,6 @@ from genossm.windows import Window, find_leaks, split_distance, write_windows
 
 LARGE_WORK = 2_000_000_000
 """Bases times tracks from which on the work is estimated before it starts, and done in other processes."""
-MOST_JOBS = 8
 _OTHER_OPEN_FILES = 64
 
 Task = TypeVar("Task")
@@ -228,8 +227,7 @@ def processes_for(inputs: DatasetInputs, jobs: int | None) -> int:
     Large work is never done in this process: what it maps of the genome would stay in its memory.
     """
     if jobs is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, MOST_JOBS, len(inputs.config.tracks)) if is_large(inputs) else 0
+        return min(usual_jobs(), len(inputs.config.tracks)) if is_large(inputs) else 0
     return jobs if jobs > 1 or is_large(inputs) else 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from genossm.errors import ConfigError, DeviceError
 from genossm.pipelines.parts import PredictionStopped
 from genossm.pipelines.shards import Shard
-from genossm.pipelines.stop import STOPPED_STATUS, stop_on_sigterm
+from genossm.pipelines.stop import STOPPED_STATUS, stop_asked
 
 POLL_S = 0.1
 
@@ -38,7 +38,7 @@ def spread(command: Sequence[str], devices: Sequence[str], shard: Shard | None) 
     whole = shard or Shard(1, 1)
     first, count = (whole.index - 1) * len(devices) + 1, whole.count * len(devices)
     words = [sys.executable, "-m", "genossm.cli", *command[1:]]
-    with stop_on_sigterm("the parts in hand") as stopped:
+    with stop_asked("the parts in hand") as stopped:
         jobs = [
             subprocess.Popen(
                 [*words, "--device", device, "--shard", f"{first + number}/{count}"],

@@ -1,11 +1,12 @@
-"""SIGTERM as a wish: the work in hand is finished first. A batch system sends it before it kills."""
+"""Signals as a wish: the work in hand is finished first. A batch system sends SIGTERM before it kills."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from genossm.progress import say
@@ -15,27 +16,36 @@ STOPPED_STATUS = 143
 
 
 @contextmanager
-def stop_on_sigterm(what: str) -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM is noted and does nothing else; yields whether one came.
+def stop_asked(
+    what: str, numbers: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+) -> Iterator[Callable[[], bool]]:
+    """Within, these signals are noted and do nothing else; yields whether one came.
 
-    Only the main thread of a process can see to signals; elsewhere SIGTERM does what it did before.
+    A SIGINT after another signal raises KeyboardInterrupt all the same: whoever presses Ctrl+C twice does not want to wait.
+    Only the main thread of a process can see to signals; elsewhere they do what they did before.
 
     Args:
         what: is finished first, for the message: "the part in hand".
+        numbers: the signals.
     """
-    asked = threading.Event()
+    asked, owner = threading.Event(), os.getpid()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.getsignal(signal.SIGTERM)
 
     def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked process: it is told to end when this one does
+            return
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
         if not asked.is_set():  # a batch system may well send it twice
             asked.set()
-            say(f"SIGTERM: finishing {what}, then stopping")
+            with suppress(RuntimeError):  # it came while something was being printed
+                say(f"{signal.Signals(number).name}: finishing {what}, then stopping")
 
-    signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,9 @@ from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import TrackHead
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.run_log import RESUME_FILE, RunLog
+from genossm.pipelines.stop import stop_asked
 from genossm.pipelines.training_module import TrainingModule
-from genossm.pipelines.training_stop import StopAfterStep, stop_asked
+from genossm.pipelines.training_stop import StopAfterStep
 from genossm.progress import say
 from genossm.run_config import RunConfig, load_run_config
 from genossm.scaling import UNSCALED
@@ -164,7 +166,8 @@ def train(
         write_csv="csv" in resolved.train.loggers,
         save_minutes=resolved.train.save_minutes,
     )
-    with _quiet_lightning(), stop_asked() as asked:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with _quiet_lightning(), stop_asked("the step in hand", signals) as asked:
         trainer = _trainer(resolved, folder, chosen, precision, [log, StopAfterStep(log, asked)])
         try:
             trainer.fit(

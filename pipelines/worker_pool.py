@@ -24,6 +24,15 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 _Message = tuple[str, int, Any]
 
+MOST_JOBS = 8
+"""Processes that are started where nobody asked for a number."""
+
+
+def usual_jobs() -> int:
+    """As many processes as this one may use cores, but at most `MOST_JOBS`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_JOBS)
+
 
 def in_processes(
     work: Callable[[Task, Advance], Result], tasks: Iterable[Task], *, jobs: int, advance: Advance

@@ -39,8 +39,8 @@ class Mamba2(Mixer):
     own. `tied`, as BiMamba in Caduceus (Schiff et al. 2024, section 3): the projections are shared; the convolution
     (causal for the scan from the left, its mirror image for the other), dt bias, A and D are each direction's own.
 
-    Initialisation as in Mamba-2: A = -a with a uniform in [1, 16] (the range of S4D-Real's -1 to -16, but random), the dt bias such
-    that softplus(bias) is log-uniform in [0.001, 0.1], D = 1.
+    Initialisation as in Mamba-2: A = -a with a uniform in [1, 16] (the range of S4D-Real's -1 to -16, but random), the dt
+    bias such that softplus(bias) is log-uniform in [0.001, 0.1], D = 1.
 
     The state over a chunk's edge is h, (batch, heads, head_dim, state).
 

@@ -47,8 +47,8 @@ class LowRankSSM(LinearSSM):
 
     def discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """A_bar (D, N, N), B_bar (D, N) and C (2, D, N), float64, in the real coordinates."""
-        real = torch.diag_embed(-torch.exp(self.log_A_real.double()))
-        imaginary = torch.diag_embed(self.A_imag.double())
+        Lambda = self._Lambda()
+        real, imaginary = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag)
         P, B = _real(self.P), _real(self.B)
         normal = torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
         A = normal - P[:, :, None] * P[:, None]
@@ -59,13 +59,15 @@ class LowRankSSM(LinearSSM):
         C_real, C_imag = self.C.double().unbind(-1)  # C z + conj = 2 (Re C Re z - Im C Im z)
         return solved[..., :-1], solved[..., -1], math.sqrt(2) * torch.cat([C_real, -C_imag], -1)
 
+    def _Lambda(self) -> Tensor:
+        """The diagonal, one of each conjugate pair: complex128 (D, M)."""
+        return torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
+
     def _solved(self, right_DNK: Tensor) -> Tensor:
         """(1 - dt/2 A)^-1 right, by Woodbury's identity for A = Lambda - P P*: no solver, which a CUDA graph may not hold."""
         half_dt = torch.exp(self.log_dt.double())[:, None] / 2
         P = _real(self.P)
-        inverse_DM = 1 / (
-            1 - half_dt * torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
-        )
+        inverse_DM = 1 / (1 - half_dt * self._Lambda())
         real, imag = inverse_DM.real[:, :, None], inverse_DM.imag[:, :, None]
 
         def of_diagonal(x_DNK: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class LowRankSSM(LinearSSM):
         C_tilde = torch.complex(C[..., :M], -C[..., M:]) / math.sqrt(2)
         P, B = torch.view_as_complex(self.P.double()), torch.view_as_complex(self.B.double())
         rows_RDM = torch.stack([*(C_tilde * B), *(C_tilde * P), P.conj() * B, P.conj() * P])
-        Lambda = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
+        Lambda = self._Lambda()
         dt = torch.exp(self.log_dt.double())
         angles = torch.arange(length // 2 + 1, dtype=dt.dtype, device=dt.device) * (math.pi / length)
         spectrum = [
