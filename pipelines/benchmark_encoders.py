@@ -399,7 +399,7 @@ class _Bench:
 
 
 def estimate_mib(config: RunConfig, length: int) -> float:
-    """The peak memory that `genossm info` expects of a training step, in MiB."""
+    """The memory that `genossm info` expects training to take, CUDA graphs included, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_yaml(to_mapping(config)))
@@ -407,7 +407,7 @@ def estimate_mib(config: RunConfig, length: int) -> float:
             path, length_bp=length, batch_size=config.train.batch_size, mode="train", tracks=len(TRACKS)
         )
     assert info.training is not None
-    return info.training.peak / 2**20
+    return info.training.in_all / 2**20
 
 
 def _fit(costs: Sequence[Cost], shortest: int) -> float | None:

@@ -38,13 +38,13 @@ from genossm.version import versions
 HUMAN_CHR1 = 248_956_422
 LENGTHS = (1_000_000, 12_000_000, 62_000_000, HUMAN_CHR1)
 QUICK_LENGTHS = (200_000, 1_000_000)
-LOOP_LENGTH = 12_000_000
-"""What loop and Transformer are given: they are linear in the length, and slow."""
 N_SHARE = 0.07
 """Of a chromosome, in one run, as in human chromosome 1."""
 WARM_UP_BP = {"cpu": 400_000, "cuda": 4_000_000}
 """On a GPU more than a whole batch and a whole chunk, whose kernels are compiled for their own sizes."""
 LINE = 60
+COMPARED_BP = 10_000_000
+"""Read at once of the two bigWigs that are compared."""
 
 By = Literal["genossm windows", "genossm chromosome", "a loop", "Transformer, windows"]
 OURS: tuple[By, ...] = ("genossm windows", "genossm chromosome")
@@ -76,6 +76,22 @@ class PredictRow:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How the seconds of one way grow with the length.
+
+    Attributes:
+        start_s, s_per_mb: the straight line through the times by least squares.
+        r2: the share of the times' variance that the line explains.
+        power: of the length with which the seconds grow, by least squares of the logarithms.
+    """
+
+    start_s: float
+    s_per_mb: float
+    r2: float
+    power: float
+
+
 @dataclass
 class PredictBenchmark:
     """All that a run found; `difference` is between the loop's values and genossm's, the largest of a probability."""
@@ -88,7 +104,7 @@ class PredictBenchmark:
     batch_size: int
     quick: bool
     rows: list[PredictRow] = field(default_factory=list)
-    growth: dict[str, float] = field(default_factory=dict)
+    growth: dict[str, Growth] = field(default_factory=dict)
     difference: float | None = None
 
 
@@ -150,21 +166,30 @@ def benchmark_predict(
                 _measure(bench, result, by, length_bp, keep)
         for by in OURS:
             points = [(row.length_bp, row.seconds) for row in result.rows if row.by == by and row.seconds]
-            slope = exponent([length for length, _ in points], [seconds for _, seconds in points])
-            if slope is not None:
-                result.growth[by] = slope
+            if len(points) > 1:
+                result.growth[by] = fit_growth(*zip(*points, strict=True))
         if rivals:
-            shared = min(LOOP_LENGTH, max(chosen))
-            _measure(bench, result, "a loop", shared, keep)
-            result.difference = bench.difference(shared)
+            longest = max(chosen)
+            _measure(bench, result, "a loop", longest, keep)
+            result.difference = bench.difference(longest)
             if result.difference is not None and not result.difference < 0.02:
                 raise GenossmError(
                     f"the loop's values differ from genossm's by up to {result.difference:.2g} of a probability; this is a "
                     "fault of this build or device: please report it"
                 )
-            _measure(bench, result, "Transformer, windows", shared, keep)
+            _measure(bench, result, "Transformer, windows", longest, keep)
     keep(result)
     return result
+
+
+def fit_growth(lengths_bp: Sequence[int], seconds: Sequence[float]) -> Growth:
+    """Fit a line and a power to times of at least two lengths."""
+    megabases, times = np.array(lengths_bp) / 1e6, np.array(seconds)
+    s_per_mb, start_s = np.polyfit(megabases, times, 1)
+    unexplained = np.sum((times - start_s - s_per_mb * megabases) ** 2) / np.sum((times - times.mean()) ** 2)
+    power = exponent(lengths_bp, seconds)
+    assert power is not None
+    return Growth(float(start_s), float(s_per_mb), float(1 - unexplained), power)
 
 
 def _measure(bench: _Bench, result: PredictBenchmark, by: By, length_bp: int, keep: Save) -> None:
@@ -218,17 +243,20 @@ class _Bench:
         """Between the bigWigs of the loop and of windows mode: the largest."""
         import pyBigWig
 
-        values = []
         ways: tuple[By, By] = ("a loop", "genossm windows")
-        for by in ways:
-            path = self._out(by, length_bp) / f"{TRACKS[0].name}.bw"
-            if not path.is_file():
-                return None
-            with pyBigWig.open(str(path)) as bigwig:
-                values.append(bigwig.values("chr", 0, length_bp, numpy=True))
-        if (np.isnan(values[0]) != np.isnan(values[1])).any():
-            return float("inf")
-        return float(np.nanmax(np.abs(values[0] - values[1])))
+        paths = [self._out(by, length_bp) / f"{TRACKS[0].name}.bw" for by in ways]
+        if not all(path.is_file() for path in paths):
+            return None
+        largest = 0.0
+        with pyBigWig.open(str(paths[0])) as theirs, pyBigWig.open(str(paths[1])) as ours:
+            for start in range(0, length_bp, COMPARED_BP):
+                stretch = "chr", start, min(start + COMPARED_BP, length_bp)
+                a, b = (bigwig.values(*stretch, numpy=True) for bigwig in (theirs, ours))
+                covered = ~np.isnan(a)
+                if (covered == np.isnan(b)).any():
+                    return float("inf")
+                largest = max(largest, float(np.max(np.abs(a - b)[covered], initial=0)))
+        return largest
 
     def _run(self, kind: str) -> Path:
         """The folder of a model with random weights."""

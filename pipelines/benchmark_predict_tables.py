@@ -39,8 +39,11 @@ def _facts(result: PredictBenchmark) -> list[Fact]:
         ),
     ]
     if result.growth:
-        slopes = ", ".join(f"{by} {slope:.2f}" for by, slope in result.growth.items())
-        facts.append(("growth", f"seconds ~ length ** {slopes}"))
+        lines = (
+            f"{by} {growth.start_s:.2f} + {growth.s_per_mb:.4f} per Mb (R2 {growth.r2:.4f}; length ** {growth.power:.2f})"
+            for by, growth in result.growth.items()
+        )
+        facts.append(("growth", f"seconds: {'; '.join(lines)}"))
     if result.difference is not None:
         facts.append(("equality", f"largest difference between loop and windows: {result.difference:.1e}"))
     if result.quick:

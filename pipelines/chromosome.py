@@ -16,7 +16,10 @@ from genossm.code_reader import CodeReader
 from genossm.errors import ConfigError, DataError, DeviceError, FileError
 from genossm.genome import Genome
 from genossm.models.accessibility import AccessibilityModel
+from genossm.models.stream import Watch
 from genossm.pipelines.device import describe
+from genossm.pipelines.part_file import Runs
+from genossm.pipelines.state_range import Limits, StateSizes, has_states, state_limits
 from genossm.pipelines.windowed import gap_bins
 from genossm.windows import Window
 
@@ -61,6 +64,7 @@ def predict_chromosomes(
     spill: str | os.PathLike[str] | None = None,
     overflow: str | os.PathLike[str],
     progress: Callable[[int], object] | None = None,
+    noted: Runs | None = None,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """For each chromosome, in order, its values: float32 (bins, tracks), NaN in bins of which more than half is N.
 
@@ -77,6 +81,8 @@ def predict_chromosomes(
         spill: a folder for the features between layers, which then wait there and not in memory.
         overflow: a folder for those of a chromosome that is too long for memory, where there is no `spill`.
         progress: told the base pairs that were done.
+        noted: takes in, before a chromosome's values come, the bins where a state of a recurrent mixer is out of the range
+            that it has in windows of the model's length (`state_range`); by default states are not looked at.
 
     Raises:
         DataError: the model gives NaN or infinity.
@@ -84,6 +90,7 @@ def predict_chromosomes(
         FileError: the features cannot be kept in the folder.
     """
     folder, reader = Path(overflow if spill is None else spill), CodeReader(genome)
+    limits: Limits | None = None
     for chrom in (window.chrom for window in windows):
         gap = _gaps(reader, chrom, genome.lengths[chrom], model.bin_bp)
         if gap.all():
@@ -93,9 +100,12 @@ def predict_chromosomes(
             continue
         padded_bp = -(-genome.lengths[chrom] // model.encoder.trunk_bp) * model.encoder.trunk_bp
         keep = folder if spill is not None else _place(model, padded_bp, device, folder)
+        sizes = StateSizes() if noted is not None and has_states(model) else None
         try:
+            if sizes is not None and limits is None:
+                limits = state_limits(model, reader, genome.lengths)
             values = _values(
-                model, reader, chrom, genome.lengths[chrom], padded_bp, chunk_bp, keep, progress
+                model, reader, chrom, genome.lengths[chrom], padded_bp, chunk_bp, keep, progress, sizes
             )[: len(gap)]
         except torch.OutOfMemoryError as error:
             raise DeviceError(
@@ -111,6 +121,9 @@ def predict_chromosomes(
                 f"the model gave NaN or infinity on {chrom}, where the genome has bases: its weights are damaged or "
                 "overflowed; train it again"
             )
+        if noted is not None and sizes is not None and limits is not None:
+            bins_a_trunk_bin = model.encoder.trunk_bp // model.bin_bp
+            noted.setdefault(chrom, []).extend(sizes.beyond(limits, len(gap), bins_a_trunk_bin))
         yield values
 
 
@@ -123,6 +136,7 @@ def _values(
     chunk_bp: int,
     keep: Literal["cpu", "device"] | Path,
     progress: Callable[[int], object] | None,
+    watch: Watch | None,
 ) -> npt.NDArray[np.float32]:
     """The values of all bins of the padded chromosome: float32 (bins, tracks)."""
 
@@ -140,7 +154,7 @@ def _values(
             told = reached
 
     values = np.empty((padded_bp // model.bin_bp, len(model.tracks)), dtype=np.float32)
-    chunks = model.stream(read, chunk_bp=chunk_bp, length=padded_bp, keep=keep, advance=advance)
+    chunks = model.stream(read, chunk_bp=chunk_bp, length=padded_bp, keep=keep, advance=advance, watch=watch)
     for first, values_BLT in chunks:
         values[first : first + values_BLT.shape[1]] = values_BLT[0].float().cpu().numpy()
     return values

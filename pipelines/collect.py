@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from genossm.errors import ConfigError
+from genossm.interval import merge
 from genossm.outputs.bed import write_notes
 from genossm.outputs.bigwig import FIXED_BYTES
+from genossm.pipelines.part_file import NotedRuns, Runs
 from genossm.pipelines.parts import Parts
 from genossm.pipelines.track_files import (
     ARRAYS,
@@ -35,7 +39,8 @@ class PredictionResult:
     """What a prediction wrote: the folder, its files (in the order written), and a summary.
 
     `summary` has `bases`, `bins`, `gap_bins` and, in `tracks`, for each track `file`, `mean`, `max`, `out_of_range`
-    (bins beyond what its values can mean) and, where regions were called, `threshold` and `regions`. Of a shard, which
+    (bins beyond what its values can mean) and, where regions were called, `threshold` and `regions`. In the mode chromosome
+    it also has `state_out_of_range`: bins where a recurrent mixer's state was larger than in windows. Of a shard, which
     writes parts and no files, it has `shard`, `parts`, `found` (of these, there before) and `bases`.
     """
 
@@ -70,14 +75,15 @@ def collect(folder: Path, parts: Parts, jobs: int | None = None) -> tuple[tuple[
     records = _records(parts, [*arrays, *range(len(plan.tracks))], jobs)
     ordered = [records[index] for index in range(len(plan.tracks))]
     names = [name for index in [*range(len(plan.tracks)), *arrays] for name in names_of(parts, index)]
-    summary = _summary(parts, ordered)
+    noted = parts.noted()
+    summary = _summary(parts, ordered, noted)
     for name in names:
         written = parts.folder / FILES_FOLDER / name
         if written.exists():  # else it was moved before this was killed
             os.replace(written, folder / name)
     if not plan.options.sequences:
         names.append("qc.bed")
-        write_notes(folder / "qc.bed", qc_rows(parts, [record["runs"] for record in ordered]))
+        write_notes(folder / "qc.bed", qc_rows(parts, [*(record["runs"] for record in ordered), noted]))
     return tuple(folder / name for name in names), summary
 
 
@@ -125,16 +131,25 @@ def writers(bins: int, files: int, jobs: int | None, free_bytes: int) -> int:
     return max(1, min(jobs, files, free_bytes // max(1, FIXED_BYTES * bins)))
 
 
-def _summary(parts: Parts, records: Sequence[Record]) -> dict[str, Any]:
+def _summary(parts: Parts, records: Sequence[Record], noted: Runs) -> dict[str, Any]:
     plan, lengths = parts.plan, parts.selection.lengths
     bases = sum(
         min(stop * plan.bin_bp, lengths[chrom]) - first * plan.bin_bp
         for chrom, rows in plan.bins.items()
         for first, stop in rows
     )
+    states = {"state_out_of_range": sum(map(_bins, noted.values()))} if plan.whole else {}
     return {
         "bases": bases,
         "bins": plan.bin_total,
         "gap_bins": plan.bin_total - records[-1]["count"],
+        **states,
         "tracks": {track.name: record["row"] for track, record in zip(plan.tracks, records, strict=True)},
     }
+
+
+def _bins(noted: NotedRuns) -> int:
+    """Bins of a chromosome with a note, whatever it is."""
+    runs = np.array([run for _, found in noted for run in found], dtype=np.int64).reshape(-1, 2)
+    firsts, stops = merge(*runs.T)
+    return int((stops - firsts).sum())

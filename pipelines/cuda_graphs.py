@@ -68,7 +68,7 @@ class GraphedTraining:
             return
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         random = torch.cuda.get_rng_state(tokens.device)
-        with _without_cast_cache(tokens.device), _unwarned(), DEVICE_LOCK:
+        with _without_cast_cache(tokens.device), _unwarned(), DEVICE_LOCK, _recording_on(tokens.device):
             apart = _Apart(self._model)
             torch.cuda.make_graphed_callables(apart, (tokens.clone(),), num_warmup_iters=WARM_UP)
         # The recorded outputs hold on to autograd's nodes that add up gradients, which belong to the stream of torch's warm-up
@@ -113,7 +113,7 @@ class GraphedPrediction:
         """Values (batch, bins, tracks). They are overwritten by the next call: copy what is kept."""
         if not tokens.is_cuda:
             return self._model.predict(tokens)
-        with torch.cuda.device(tokens.device):  # graphs and their streams are of the current device
+        with torch.cuda.device(tokens.device):  # a graph is of the current device
             return self._predict(tokens)
 
     def _predict(self, tokens: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class GraphedPrediction:
                     self._model.predict(self._tokens)
             torch.cuda.current_stream(tokens.device).wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with DEVICE_LOCK, torch.cuda.graph(self._graph):
+            with DEVICE_LOCK, _recording_on(tokens.device), torch.cuda.graph(self._graph):
                 self._values = self._model.predict(self._tokens)
 
 
@@ -150,6 +150,18 @@ def _without_cast_cache(device: torch.device) -> torch.autocast:
         enabled=torch.is_autocast_enabled(device.type),
         cache_enabled=False,
     )
+
+
+@contextmanager
+def _recording_on(device: torch.device) -> Iterator[None]:
+    """With a stream of this device for torch to record on, which otherwise takes one of the first device recorded on."""
+    before = torch.cuda.graph.default_capture_stream
+    torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        torch.cuda.graph.default_capture_stream = before
 
 
 @contextmanager

@@ -18,8 +18,9 @@ class TrainingMemory:
         kept: what the forward pass keeps for the backward pass, with the batch.
         temporary: what there is beside all that when most is in use.
         libraries: workspaces of cuBLAS, one in each of the two threads that multiply.
-        peak: the sum; `torch.cuda.max_memory_allocated()`.
-        operator: what runs then.
+        peak: the sum; `torch.cuda.max_memory_allocated()` of a step kernel by kernel.
+        graphs: what CUDA graphs hold beyond that, where `train` records them; else 0.
+        operator: what runs at the peak.
     """
 
     weights: int
@@ -30,7 +31,13 @@ class TrainingMemory:
     temporary: int
     libraries: int
     peak: int
+    graphs: int
     operator: str
+
+    @property
+    def in_all(self) -> int:
+        """Bytes that PyTorch holds for training as `train` does it."""
+        return self.peak + self.graphs
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,12 @@ class ModelInfo:
                     part: size for part, size in asdict(memory).items() if isinstance(size, int) and size
                 }
                 del parts["peak"]
+                graphs = parts.pop("graphs", 0)
                 lines += [f"    {part:26}{size / 2**20:>14,.1f} MiB" for part, size in parts.items()]
+                if graphs:
+                    lines.append(
+                        f"  {'training, with CUDA graphs':28}{(memory.peak + graphs) / 2**30:>14.3f} GiB"
+                    )
         lines += _measured_lines(self.measured)
         return "\n".join(lines)
 

@@ -16,6 +16,11 @@ from genossm.atomic import atomic_path
 from genossm.errors import DataError
 from genossm.file_reader import FileReader
 
+NotedRuns = list[tuple[str, list[list[int]]]]
+"""Notes on bins of a chromosome: what, and runs of bins [first, stop)."""
+Runs = dict[str, NotedRuns]
+"""Notes on bins by chromosome."""
+
 _BLOCK_BYTES = 1 << 22
 _MOST_HEADER_BYTES = 100_000_000  # as safetensors itself
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in (("F32", "<f4"), ("F64", "<f8"))}
@@ -24,12 +29,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in (("F
 def write_part(path: Path, values: npt.NDArray[np.float32], said: Mapping[str, str]) -> None:
     """Write `values`, float32 (tracks, bins), and what the part says of itself; complete or not at all.
 
-    Their checksum goes among what it says as `crc32`.
+    Their checksum goes among what it says as `crc32`; it is that of the `notes` among it, too.
     """
     values = np.ascontiguousarray(values, dtype="<f4")
     content = values.data.cast("B") if values.size else b""
     header = {
-        "__metadata__": {**said, "crc32": f"{zlib.crc32(content):08x}"},
+        "__metadata__": {**said, "crc32": f"{zlib.crc32(content, _of_notes(said)):08x}"},
         "values": {"dtype": "F32", "shape": list(values.shape), "data_offsets": [0, values.nbytes]},
     }
     text = json.dumps(header).encode()
@@ -43,7 +48,7 @@ class PartFile:
     """The `values` (tracks, bins) of a part, read where they are asked for.
 
     Attributes:
-        said: what the part says of itself: `identity`, `spans`, `crc32`.
+        said: what the part says of itself: `identity`, `spans`, `crc32`, and in the mode chromosome `notes`.
         shape: of the values.
         dtype: of the values.
 
@@ -79,8 +84,8 @@ class PartFile:
         return np.asarray(out, dtype=np.float32)
 
     def checksum(self) -> str:
-        """Of the values as they are in the file; what `said["crc32"]` must be."""
-        total, found = int(np.prod(self.shape)) * self.dtype.itemsize, 0
+        """Of the notes, and the values as they are in the file; what `said["crc32"]` must be."""
+        total, found = int(np.prod(self.shape)) * self.dtype.itemsize, _of_notes(self.said)
         for start in range(0, total, _BLOCK_BYTES):
             found = zlib.crc32(self._bytes(self._start + start, min(_BLOCK_BYTES, total - start)), found)
         return f"{found:08x}"
@@ -89,3 +94,8 @@ class PartFile:
         out = np.empty(count, dtype=np.uint8)
         self._file.fill(out, offset)
         return out.tobytes()
+
+
+def _of_notes(said: Mapping[str, str]) -> int:
+    """The checksum of the notes, from which that of the values goes on; 0 where there are none."""
+    return zlib.crc32(said.get("notes", "").encode())

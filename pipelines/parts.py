@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from genossm.errors import DataError, FileError, GenossmError
+from genossm.interval import merge
 from genossm.outputs.hdf5 import CHUNK_BINS
-from genossm.pipelines.part_file import PartFile, write_part
+from genossm.pipelines.part_file import NotedRuns, PartFile, Runs, write_part
 from genossm.pipelines.plan import PARTS_FOLDER, PLAN_FILE, Plan
 from genossm.progress import say
 from genossm.windows import Window
@@ -47,8 +48,9 @@ class Parts:
     """The part files of one prediction in `folder`/.parts; part i holds a run of consecutive windows.
 
     A part is a safetensors file with `values`, float32 (tracks, bins): the target bins of its windows, one after the
-    other. It says itself which bins these are, of which prediction, and its checksum. Parts depend on the plan alone,
-    not on who makes them: jobs may make the same part at the same time, and the last one's stays.
+    other. It says itself which bins these are, of which prediction, its checksum, and of whole chromosomes what was noted
+    of their bins. Parts depend on the plan alone, not on who makes them: jobs may make the same part at the same time, and
+    the last one's stays.
 
     Args:
         folder: the output folder.
@@ -95,6 +97,7 @@ class Parts:
         *,
         indices: Sequence[int] | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        noted: Mapping[str, NotedRuns] | None = None,
     ) -> int:
         """Compute the parts that are not there yet and return how many were there already.
 
@@ -106,6 +109,7 @@ class Parts:
             advance: told the base pairs of parts that are there.
             indices: which parts; all by default.
             stopped: asked before each part whether to go on.
+            noted: where `compute` puts what it notes of a whole chromosome before it yields its values.
 
         Raises:
             PredictionStopped: `stopped` said so; all that was computed is written.
@@ -132,7 +136,7 @@ class Parts:
                 values = self._gathered(index, blocks)
                 if written is not None:
                     written.result()
-                written = writer.submit(self._write, index, values)
+                written = writer.submit(self._write, index, values, self._notes(index, noted or {}))
             if written is not None:
                 written.result()
         return there
@@ -153,6 +157,8 @@ class Parts:
                 return f"is one doubled: it holds what is at {_where(json.loads(said['spans']))}"
             if stored.shape != shape or stored.dtype != np.float32:
                 return f"has values {stored.dtype} {stored.shape} and not float32 {shape}"
+            if self.plan.whole and "notes" not in said:
+                return "is of an earlier version of genossm, without notes on states"
             return "" if said.get("crc32") == stored.checksum() else "has a wrong checksum"
         except (DataError, FileError, KeyError, ValueError):
             return "is truncated or damaged"
@@ -173,6 +179,17 @@ class Parts:
             for chrom, first, stop in json.loads(PartFile(self.path(index)).said["spans"]):
                 found.setdefault(chrom, Counter())[first, stop] += 1
         return found
+
+    def noted(self) -> Runs:
+        """What the parts note of the wanted bins of each whole chromosome; runs of one note are sorted and disjoint."""
+        notes: Runs = {}
+        for index in range(len(self)) if self.plan.whole else ():
+            for chrom, found in json.loads(PartFile(self.path(index)).said["notes"]).items():
+                runs: dict[str, list[list[int]]] = {}
+                for what, of_model in found:  # of several models, each one's
+                    runs.setdefault(what, []).extend(of_model)
+                notes[chrom] = [(what, self._inside(chrom, runs[what])) for what in sorted(runs)]
+        return notes
 
     def digest(self) -> str:
         """A short name of all values: what is made of these parts is not made of others, nor with other options."""
@@ -261,8 +278,23 @@ class Parts:
             column += stop - first
         return values
 
-    def _write(self, index: int, values: npt.NDArray[np.float32]) -> None:
-        said = {"identity": self.plan.key, "spans": json.dumps(self._spans(index))}
+    def _notes(self, index: int, noted: Mapping[str, NotedRuns]) -> dict[str, str]:
+        """What a part says of itself beside its place: in the mode chromosome what was noted of its chromosomes."""
+        if not self.plan.whole:
+            return {}
+        chroms = [window.chrom for window in self.groups[index]]
+        return {"notes": json.dumps({chrom: noted[chrom] for chrom in chroms if noted.get(chrom)})}
+
+    def _inside(self, chrom: str, runs: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The union of runs of bins, as far as the bins are wanted."""
+        wanted, inside = self.selection.bins[chrom], list[list[int]]()
+        for first, stop in zip(*merge(*np.array(runs, dtype=np.int64).reshape(-1, 2).T), strict=True):
+            low, high = np.searchsorted(wanted[:, 1], first, "right"), np.searchsorted(wanted[:, 0], stop)
+            inside += np.clip(wanted[low:high], first, stop).tolist()
+        return inside
+
+    def _write(self, index: int, values: npt.NDArray[np.float32], notes: Mapping[str, str]) -> None:
+        said = {"identity": self.plan.key, "spans": json.dumps(self._spans(index)), **notes}
         gone = PartsGone(
             f"{self.folder} was merged or discarded by another process while this one made a part of it"
         )

@@ -28,6 +28,7 @@ from genossm.pipelines.merge import (
     options_of,
     write_shard_record,
 )
+from genossm.pipelines.part_file import Runs
 from genossm.pipelines.parts import Parts, PartsGone
 from genossm.pipelines.plan import PARTS_FOLDER, PLAN_FILE, Plan, read_plan, settle
 from genossm.pipelines.predict_job import Job, make_job
@@ -171,11 +172,12 @@ def _computed(job: Job, parts: Parts, folder: Path, shard: Shard | None) -> Pred
         "started": started.isoformat(timespec="seconds"),
     }
     indices = range(len(parts)) if shard is None else shard.share(parts.bases_read)
+    noted: Runs = {}
     if shard is not None:
         write_shard_record(folder, shard, times)
 
     def compute(groups: Sequence[Sequence[Window]]) -> Iterator[npt.NDArray[np.float32]]:
-        return job.values(groups, parts.folder, bar.update)
+        return job.values(groups, parts.folder, bar.update, noted)
 
     bases = parts.bases(indices)
     with (
@@ -183,7 +185,7 @@ def _computed(job: Job, parts: Parts, folder: Path, shard: Shard | None) -> Pred
         job.placed(),
         progress(total=bases, unit="bp", description="predict", scale=True) as bar,
     ):
-        found = parts.complete(compute, bar.update, indices=indices, stopped=stopped)
+        found = parts.complete(compute, bar.update, indices=indices, stopped=stopped, noted=noted)
     if found:
         say(f"used {found} finished parts of an interrupted run")
     times["seconds"] = round(time.monotonic() - clock, 1)

@@ -27,6 +27,7 @@ from genossm.pipelines.parts import Parts
 from genossm.pipelines.plan import read_plan
 from genossm.pipelines.predict_job import Job, make_job
 from genossm.pipelines.shards import Shard
+from genossm.pipelines.state_range import has_states, measured_bp
 from genossm.sequence import NO_BASE
 from genossm.windows import Window
 
@@ -147,7 +148,8 @@ def estimate(
         parts=len(indices),
         found=len(indices) - len(missing),
         shard=None if part_of is None else str(part_of),
-        compute_seconds=per_base * sum(parts.bases_read[index] for index in missing),
+        compute_seconds=per_base
+        * (sum(parts.bases_read[index] for index in missing) + _measured_bp(job, missing)),
         write_seconds=_seconds_a_bin()
         * plan.bin_total
         * tracks
@@ -181,6 +183,14 @@ def _seconds_a_base(job: Job) -> tuple[float, str]:
     )  # from the first on: with it kernels are compiled and graphs recorded
     seconds = (done[-1] - done[0]) / CUDA_BATCHES
     return seconds / batch_bp, f"{CUDA_BATCHES} batches of {len(windows)} windows"
+
+
+def _measured_bp(job: Job, missing: Sequence[int]) -> int:
+    """Bases in which states are measured before whole chromosomes are computed."""
+    network = job.networks[0]
+    if job.chunk_bp is None or not missing or not has_states(network):
+        return 0
+    return measured_bp(job.reference.lengths, network.window_bp)
 
 
 def _with_bases(job: Job) -> list[Window]:

@@ -26,6 +26,7 @@ from genossm.models.heads import MAX_LOG_RATE, unscaled
 from genossm.pipelines.blend import blended
 from genossm.pipelines.chromosome import chosen_chunk_bp, predict_chromosomes
 from genossm.pipelines.device import pick_device
+from genossm.pipelines.part_file import Runs
 from genossm.pipelines.plan import OutputOptions, Plan, PlannedTrack, command_words, part_size
 from genossm.pipelines.selection import Selection, select, whole_chromosomes
 from genossm.pipelines.windowed import placed, predict_windows
@@ -67,16 +68,18 @@ class Job:
         groups: Sequence[Sequence[Window]],
         overflow: Path,
         advance: Callable[[int], object] | None = None,
+        noted: Runs | None = None,
     ) -> Iterator[npt.NDArray[np.float32]]:
         """For each window of each group, in order, the bins that are its own: float32 (bins, tracks), gaps NaN.
 
         Of several models the mean. No batch has windows of two groups, and a group's first window is blended with the
         one before it again, so values do not depend on the other groups. `overflow` is for features of a chromosome that
-        is too long for memory; `advance` is told the base pairs that are done.
+        is too long for memory; `advance` is told the base pairs that are done. `noted` takes in where states of recurrent
+        mixers are out of range (of any model), before a chromosome's values come.
         """
         last = self.networks[-1]
         streams = [
-            self._stream(network, groups, overflow, advance if network is last else None)
+            self._stream(network, groups, overflow, advance if network is last else None, noted)
             for network in self.networks
         ]
         if len(streams) == 1:
@@ -91,6 +94,7 @@ class Job:
         groups: Sequence[Sequence[Window]],
         overflow: Path,
         advance: Callable[[int], object] | None,
+        noted: Runs | None,
     ) -> Iterator[npt.NDArray[np.float32]]:
         if self.chunk_bp is None:
             selection = self.plan.selection
@@ -114,6 +118,7 @@ class Job:
             spill=self.spill,
             overflow=overflow,
             progress=advance,
+            noted=noted,
         )
         return self._cast(values)
 

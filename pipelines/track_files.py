@@ -19,6 +19,7 @@ from genossm.atomic import atomic_write_text
 from genossm.outputs.bed import call_regions, write_narrowpeak
 from genossm.outputs.bigwig import write_bigwig
 from genossm.outputs.hdf5 import write_hdf5
+from genossm.pipelines.part_file import Runs
 from genossm.pipelines.parts import Parts, PartsGone
 from genossm.pipelines.plan import PARTS_FOLDER, read_plan
 
@@ -26,7 +27,6 @@ FILES_FOLDER = "files"
 ARRAYS = -1
 """Stands for the file of arrays among the numbers of tracks."""
 Record = dict[str, Any]
-Runs = dict[str, list[tuple[str, list[list[int]]]]]
 
 
 def names_of(parts: Parts, index: int) -> list[str]:
@@ -205,7 +205,7 @@ class _Notes:
 
 
 def qc_rows(parts: Parts, runs_of_tracks: list[Mapping[str, Any]]) -> Iterator[tuple[str, int, int, str]]:
-    """(chrom, start, end, what) in base pairs, sorted: rows of the QC BED from the `runs` of each track."""
+    """(chrom, start, end, what) in base pairs, sorted: rows of the QC BED from the `runs` of each track, and others."""
     lengths, bin_bp = parts.selection.lengths, parts.plan.bin_bp
     for chrom in parts.selection.bins:
         joined: dict[str, list[list[int]]] = {}

@@ -366,8 +366,21 @@ def _peak_memory(device: torch.device) -> str:
 
 
 def fingerprint(data: PreparedDataset) -> str:
-    """A hash of what a prepared dataset was made from: configuration, genome and input files."""
-    return hashlib.sha256(json.dumps(data.provenance, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of what is trained on: sequence, targets, windows, splits and tracks; not of where and when they were prepared."""
+    parts = {
+        "content": data.content_hash,
+        "bp": [data.window_bp, data.margin_bp, data.bin_bp],
+        "splits": data.splits,
+        "tracks": [
+            {
+                key: value
+                for key, value in to_mapping(track).items()
+                if key not in ("file", "files", "barcodes")
+            }
+            for track in data.tracks
+        ],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _provenance(data: PreparedDataset, config: RunConfig, *, device: str, began: datetime) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def test_memory_is_all_that_was_allocated_beyond_what_was_held(
 def test_the_estimate_is_that_of_info(tiny: str) -> None:
     info = model_info(tiny, length_bp=4096, batch_size=3, mode="train")
     assert info.training is not None
-    assert estimate_mib(load_run_config(tiny), 4096) == info.training.peak / 2**20
+    assert estimate_mib(load_run_config(tiny), 4096) == info.training.in_all / 2**20
 
 
 # Sizes.

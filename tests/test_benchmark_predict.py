@@ -14,6 +14,7 @@ from genossm.pipelines.benchmark_predict import (
     PredictBenchmark,
     PredictRow,
     benchmark_predict,
+    fit_growth,
     write_random_fasta,
 )
 
@@ -62,6 +63,9 @@ def test_a_cpu_does_no_more_than_a_quick_run() -> None:
 def test_a_failure_and_the_growth_are_told() -> None:
     result = PredictBenchmark("CPU", {}, {"torch": "2"}, "tiny", "float32", 4, False)
     result.rows.append(PredictRow("genossm windows", 1000, problem="FileError: the disk is full"))
-    result.growth["genossm windows"] = 0.98
+    result.growth["genossm windows"] = fit_growth((1_000_000, 2_000_000, 11_000_000), (0.75, 1.0, 3.25))
     text = benchmark_predict_tables.text(result)
-    assert "the disk is full" in text and "length ** genossm windows 0.98" in text
+    assert (
+        "the disk is full" in text
+        and "genossm windows 0.50 + 0.2500 per Mb (R2 1.0000; length ** 0.6" in text
+    )

@@ -107,9 +107,15 @@ def test_memory_adds_up() -> None:
         training.libraries,
     )  # fmt: skip
     assert training.peak == sum(parts) and min(parts) > 0
+    assert (
+        training.in_all == training.peak + training.graphs == pytest.approx(1.1 * training.peak + (160 << 20))
+    )
     assert prediction.peak == prediction.weights + prediction.temporary + prediction.libraries
     without = model_info("tiny", length_bp=LENGTH, mode="train", overrides=["train.ema_decay=0"]).training
     assert without is not None and without.average == 0
+    for option in ("train.cuda_graphs=false", "model.encoder.checkpoint=true"):
+        plain = model_info("tiny", length_bp=LENGTH, mode="train", overrides=[option]).training
+        assert plain is not None and plain.graphs == 0 and plain.in_all == plain.peak
 
 
 def test_a_short_step_has_its_peak_in_the_optimiser() -> None:
@@ -124,6 +130,7 @@ def test_every_mixer_can_be_rehearsed(mixer: str) -> None:
     info = model_info("tiny", length_bp=2048, overrides=options)
     assert list(info.parameters) == ["stem", mixer, "experts", "norms", "heads"]
     assert info.training is not None and info.training.kept > 0 and info.training_flops
+    assert info.training.graphs == 0  # experts cannot be recorded
 
 
 def test_a_run_is_told_as_its_configuration(tmp_path: Path) -> None:

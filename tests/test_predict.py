@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -665,10 +667,15 @@ def test_qc_tells_gaps_and_values_out_of_range(run: Run, genome: Genome) -> None
     assert beyond.summary["tracks"]["a_count"]["out_of_range"] == 0
 
 
-def test_readers_agree(run: Run, genome: Genome, tmp_path: Path) -> None:
-    """Values, means over stretches and headers by pyBigWig and pybigtools; by UCSC's and deepTools' where installed."""
-    path = run(regions=["chrLong:333-12000", "chrTail", "chrOne"]).folder / "gc.bw"
-    one, two = pyBigWig.open(str(path)), pybigtools.open(str(path))
+@pytest.fixture
+def whole_bigwig(run: Run) -> Path:
+    """A bigWig of some stretches and whole chromosomes."""
+    return run(regions=["chrLong:333-12000", "chrTail", "chrOne"]).folder / "gc.bw"
+
+
+def test_readers_agree(whole_bigwig: Path, genome: Genome) -> None:
+    """Values, means over stretches and headers by pyBigWig and pybigtools."""
+    one, two = pyBigWig.open(str(whole_bigwig)), pybigtools.open(str(whole_bigwig))
     assert one.chroms() == two.chroms() == genome.lengths
     dice = np.random.default_rng(3)
     for chrom, length_bp in genome.lengths.items():
@@ -682,13 +689,48 @@ def test_readers_agree(run: Run, genome: Genome, tmp_path: Path) -> None:
     covered = sum(end - start for chrom in genome.lengths for start, end, _ in one.intervals(chrom) or ())
     assert one.header()["nBasesCovered"] == two.info()["summary"]["basesCovered"] == covered
     one.close()
+
+
+def test_ucsc_readers_agree(whole_bigwig: Path, genome: Genome, tmp_path: Path) -> None:
+    """UCSC's own library, as pybbi has it, and its program bigWigToBedGraph, whichever is there."""
     program = shutil.which("bigWigToBedGraph")
+    bbi = importlib.import_module("bbi") if importlib.util.find_spec("bbi") else None
+    if program is None and bbi is None:
+        pytest.skip("neither pybbi nor bigWigToBedGraph is installed: pip install pybbi")
+    with pyBigWig.open(str(whole_bigwig)) as bigwig:
+        values = {
+            chrom: np.array(bigwig.values(chrom, 0, length)) for chrom, length in genome.lengths.items()
+        }
+    if bbi is not None:
+        assert bbi.chromsizes(str(whole_bigwig)) == genome.lengths
+        summary = bbi.info(str(whole_bigwig))["summary"]
+        assert summary["basesCovered"] == sum(np.isfinite(found).sum() for found in values.values())
+        for chrom, found in values.items():
+            theirs = bbi.fetch(str(whole_bigwig), chrom, 0, len(found), missing=np.nan)
+            np.testing.assert_array_equal(theirs, found)
     if program is not None:
-        subprocess.run([program, path, tmp_path / "x.bedGraph"], check=True)
+        subprocess.run([program, whole_bigwig, tmp_path / "x.bedGraph"], check=True)
         rows = [line.split() for line in (tmp_path / "x.bedGraph").read_text().splitlines()]
-        assert sum(int(end) - int(start) for _, start, end, _ in rows) == covered
+        for chrom, found in values.items():
+            theirs = np.full(len(found), np.nan)
+            for _, start, end, value in (row for row in rows if row[0] == chrom):
+                theirs[int(start) : int(end)] = float(value)
+            np.testing.assert_allclose(theirs, found, rtol=1e-5)
+
+
+def test_deeptools_agrees(whole_bigwig: Path, genome: Genome, tmp_path: Path) -> None:
     program = shutil.which("multiBigwigSummary")
-    if program is not None:
-        table = ["--outRawCounts", tmp_path / "x.tsv", "-o", tmp_path / "x.npz", "-bs", "320"]
-        subprocess.run([program, "bins", "-b", path, *table], check=True)
-        assert (tmp_path / "x.tsv").read_text().count("chrTail") >= 9
+    if program is None:
+        pytest.skip("deepTools is not installed: pip install deeptools")
+    table = ["--outRawCounts", str(tmp_path / "x.tsv"), "-o", str(tmp_path / "x.npz"), "-bs", "320"]
+    subprocess.run([program, "bins", "-b", str(whole_bigwig), *table], check=True)
+    rows = [line.split("\t") for line in (tmp_path / "x.tsv").read_text().splitlines()[1:]]
+    assert len(rows) >= sum(length // 320 for length in genome.lengths.values()) > 50
+    with pyBigWig.open(str(whole_bigwig)) as bigwig:
+        for chrom, start, end, mean in rows:
+            expected = bigwig.stats(chrom, int(start), int(end), exact=True)[0]
+            assert (
+                np.isnan(float(mean))
+                if expected is None
+                else float(mean) == pytest.approx(expected, rel=1e-5)
+            )

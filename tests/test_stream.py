@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from genossm.models.decoder import DecoderConfig
-from genossm.models.encoder import Encoder, EncoderConfig, MixerName
-from genossm.models.mixers.mixer import State
+from genossm.models.encoder import Encoder, EncoderConfig, Layer, MixerName
+from genossm.models.mixers.mixer import State, mix_by_chunks
 from genossm.models.stem import StemConfig
-from genossm.models.stream import ChunkStore
+from genossm.models.stream import ChunkStore, stream
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 STEM = StemConfig(channels=(5, 6), pool=(2, 4), first_kernel=7, kernel=3)
@@ -138,6 +138,55 @@ def test_a_mixer_sees_no_more_than_a_chunk_and_its_halo(case: str, monkeypatch: 
         monkeypatch.setattr(mixer, "mix", checked)
     joined(list(encoder.stream(tokens, chunk_bp=56)))
     assert seen == {type(mixer).__name__ for mixer in encoder.mixers()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_watch_is_told_the_states_that_chunks_carry(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that `mix_by_chunks` carries over the same chunks, of every layer; nothing of mixers that have none."""
+    encoder = build(**CASES[case])
+    tokens, bounds = random_tokens(1, 37 * encoder.trunk_bp), [(0, 10), (10, 20), (20, 30), (30, 37)]
+    told: list[tuple[int, int, int, State]] = []
+
+    def watch(layer: int, first: int, stop: int, state: State) -> None:
+        told.append((layer, first, stop, tuple(part.clone() for part in state)))
+
+    chunks = stream(encoder, tokens, chunk_bp=10 * encoder.trunk_bp, watch=watch)
+    unwatched = joined(list(encoder.stream(tokens, chunk_bp=10 * encoder.trunk_bp)))
+    assert torch.equal(joined(list(chunks)), unwatched)
+    carried: list[tuple[int, int, int, State]] = []
+    with torch.no_grad():
+        x_BLD = encoder.stem(tokens)
+        for number, layer in enumerate(encoder.layers):
+            assert isinstance(layer, Layer)
+            mixer, entering = layer.mixer, [0, 3]
+            mix, leftward = mixer.mix, mixer.leftward
+
+            def mixed(*arguments: Any, mix: Any = mix, number: int = number, at: Any = entering) -> Any:
+                y, state = mix(*arguments)
+                if state is not None:
+                    carried.append((number, *bounds[at[0]], state))
+                at[0] += 1
+                return y, state
+
+            def swept(
+                *arguments: Any, leftward: Any = leftward, number: int = number, at: Any = entering
+            ) -> Any:
+                state = leftward(*arguments)
+                carried.append((number, *bounds[at[1]], state))
+                at[1] -= 1
+                return state
+
+            with monkeypatch.context() as patched:
+                patched.setattr(mixer, "mix", mixed)
+                patched.setattr(mixer, "leftward", swept)
+                normed_BLD = layer.mixer_norm(x_BLD)
+                parts = mix_by_chunks(mixer, [normed_BLD[:, first:stop] for first, stop in bounds])
+            x_BLD = layer.joined(x_BLD, torch.cat(parts, 1))
+    recurrent = sum(mixer.recurrent for mixer in encoder.mixers())
+    assert len(told) == 7 * recurrent
+    assert [place for *place, _ in told] == [place for *place, _ in carried]
+    for (*_, states), (*_, expected) in zip(told, carried, strict=True):
+        torch.testing.assert_close(states, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_chunks_come_without_gradient_and_leave_the_callers_mode_alone() -> None:

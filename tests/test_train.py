@@ -209,12 +209,11 @@ def test_runs_are_not_overwritten_or_mixed(config: Path, tiny_prepared: Path, tm
         gs.train(
             config, tiny_prepared, tmp_path / "run", device="cpu", resume=True, overrides=["train.epochs=2"]
         )
-    other = tmp_path / "other"
-    gs.prepare(
-        Path(PreparedDataset(tiny_prepared).config["genome"]).parent / "dataset.yaml",
-        other,
-        overrides=["split.valid=[chrC]", "split.test=[chrB]"],
-    )
+    description = Path(PreparedDataset(tiny_prepared).config["genome"]).parent / "dataset.yaml"
+    same, other = tmp_path / "same", tmp_path / "other"
+    gs.prepare(description, same)
+    gs.train(config, same, tmp_path / "run", device="cpu", resume=True, overrides=settings)
+    gs.prepare(description, other, overrides=["split.valid=[chrC]", "split.test=[chrB]"])
     with pytest.raises(CheckpointError, match="another dataset"):
         gs.train(config, other, tmp_path / "run", device="cpu", resume=True, overrides=settings)
 

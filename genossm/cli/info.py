@@ -69,8 +69,8 @@ def command(
     CONFIG is a YAML file or the name of a shipped configuration, RUN a folder that `genossm train` wrote. FLOPs
     and memory are those of an H100 and the same on every machine; no GPU is needed, but for --measure. Training is
     one step with bfloat16 autocast, AdamW and the running average; prediction too is in bfloat16, as `genossm predict`
-    is on a GPU unless told otherwise. Memory is the peak of what PyTorch allocates, without CUDA graphs; the CUDA context
-    takes about 0.5 GiB more.
+    is on a GPU unless told otherwise. Memory is the peak of what PyTorch allocates, kernel by kernel, and for training also
+    with CUDA graphs; the CUDA context takes about 0.5 GiB more.
     """
     from genossm.pipelines.model_info import model_info
 

@@ -163,6 +163,8 @@ def prediction_text(result: PredictionResult) -> str:
             f"when all shards are done: genossm merge {result.folder}"
         )
     lines = [f"{summary['bins']:,} bins ({summary['gap_bins']:,} gaps) in {result.folder}"]
+    if summary.get("state_out_of_range"):
+        lines.append(f"{summary['state_out_of_range']:,} bins with states out of range (qc.bed)")
     for name, track in summary["tracks"].items():
         values = " ".join(f"{key} {track[key]:.4g}" for key in ("mean", "max") if track[key] is not None)
         called = (

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from genossm.models.encoder import Encoder, EncoderConfig
 from genossm.models.heads import TrackHead, TrackHeads
+from genossm.models.mixers.mixer import State
 from genossm.models.parity import check_parity, mirrored, tie
-from genossm.models.stream import Advance, Keep, Read, stream
+from genossm.models.stream import Advance, Keep, Read, Watch, stream
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class AccessibilityModel(nn.Module):
         length: int | None = None,
         keep: Keep = "cpu",
         advance: Advance | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """What `predict` gives of a whole sequence, chunk after chunk, whatever the chunks (`Encoder.stream`).
 
@@ -149,6 +151,9 @@ class AccessibilityModel(nn.Module):
             length: base pairs of the sequence, a multiple of the trunk's bin; only where tokens are a function.
             keep: where features between layers wait: `cpu`, `device`, or a folder, in a temporary file without a name.
             advance: told each share of the work when it is done; all shares make 1.
+            watch: told (layer from 0, first trunk bin of a chunk, the one after its last, state) for each state of a
+                recurrent mixer that leaves a chunk, to either side. Those of the other strand's chunks come in the bins
+                where these lie on the strand itself.
 
         Yields:
             the first bin of a chunk, and its values (batch, bins, tracks), from left to right.
@@ -162,7 +167,9 @@ class AccessibilityModel(nn.Module):
             if advance is not None:
                 advance(share / 2 if both else share)
 
-        own = stream(self.encoder, tokens, chunk_bp=chunk_bp, length=length, keep=keep, advance=told)
+        own = stream(
+            self.encoder, tokens, chunk_bp=chunk_bp, length=length, keep=keep, advance=told, watch=watch
+        )
         total = tokens.shape[1] if isinstance(tokens, Tensor) else length
         assert total is not None  # stream has seen to it
         if not both:
@@ -170,11 +177,24 @@ class AccessibilityModel(nn.Module):
 
         def read_other(start: int, end: int) -> Tensor:
             low, high = total - end, total - start
-            return reverse_complement(
-                tokens[:, low:high] if isinstance(tokens, Tensor) else tokens(low, high)
-            )
+            part = tokens[:, low:high] if isinstance(tokens, Tensor) else tokens(low, high)
+            return reverse_complement(part.to(self.encoder.norm.weight.device))
 
-        other = stream(self.encoder, read_other, chunk_bp=chunk_bp, length=total, keep=keep, advance=told)
+        bins = total // self.encoder.trunk_bp
+
+        def watch_other(layer: int, first: int, stop: int, state: State) -> None:
+            if watch is not None:
+                watch(layer, bins - stop, bins - first, state)
+
+        other = stream(
+            self.encoder,
+            read_other,
+            chunk_bp=chunk_bp,
+            length=total,
+            keep=keep,
+            advance=told,
+            watch=None if watch is None else watch_other,
+        )
         return self._streamed(own, other, total)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 Keep = Literal["cpu", "device"] | Path
 Read = Callable[[int, int], Tensor]
 Advance = Callable[[float], object]
+Watch = Callable[[int, int, int, State], object]
+"""Told (layer from 0, first trunk bin of a chunk, the one after its last, the state that leaves it).
+
+The state may share memory with the chunk: it is not to be kept."""
+
+_Told = Callable[[int, int, State], object]
+"""`Watch` for one layer."""
 
 
 class ChunkStore:
@@ -126,8 +134,13 @@ def stream(
     length: int | None = None,
     keep: Keep = "cpu",
     advance: Advance | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """See `Encoder.stream`; `advance` is told each share of the work when it is done, which make 1 together."""
+    """See `Encoder.stream`; `advance` is told each share of the work when it is done, which make 1 together.
+
+    `watch` is told the state of each recurrent mixer that leaves a chunk: for each but the first to the left, from right to
+    left, then for each to the right.
+    """
     if encoder.training:
         raise ValueError(
             "the encoder is in training mode, in which batch statistics and dropout differ from chunk to chunk; "
@@ -159,12 +172,16 @@ def stream(
         kept_on = torch.device("cpu") if keep == "cpu" else device
         return ChunkStore(bins, chunk, kept_on=kept_on, used_on=device)
 
-    return _stream(encoder, _reader(tokens, device), make_store, advance)
+    return _stream(encoder, _reader(tokens, device), make_store, advance, watch)
 
 
 @torch.no_grad()
 def _stream(
-    encoder: Encoder, read: Read, make_store: Callable[[], ChunkStore], advance: Advance | None
+    encoder: Encoder,
+    read: Read,
+    make_store: Callable[[], ChunkStore],
+    advance: Advance | None,
+    watch: Watch | None,
 ) -> Iterator[tuple[int, Tensor]]:
     with closing(make_store()) as store:
         recurrent = sum(mixer.recurrent for mixer in encoder.mixers())
@@ -177,8 +194,8 @@ def _stream(
         for index in range(len(store)):
             store.put(index, _stem(encoder, read, store, *store.bounds(index))[0])
             step()
-        for layer in encoder.layers:
-            _run(cast("Layer", layer), store, step)
+        for number, layer in enumerate(encoder.layers):
+            _run(cast("Layer", layer), store, step, None if watch is None else partial(watch, number))
         for index in range(len(store)):
             first, features_BLD = _decoded(encoder, read, store, index)
             step()
@@ -214,10 +231,10 @@ def _stem(
     return x_BLD[:, before : before + bins], cut
 
 
-def _run(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> None:
+def _run(layer: Layer, store: ChunkStore, step: Callable[[], object], told: _Told | None) -> None:
     """One layer over all chunks, in place."""
     mixer = layer.mixer
-    entering = _leftward(layer, store, step) if mixer.recurrent else None
+    entering = _leftward(layer, store, step, told) if mixer.recurrent else None
     state: State | None = None
     behind_BLD: Tensor | None = (
         None  # the layer's input on the left, of which the store has the output already
@@ -232,12 +249,16 @@ def _run(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> None:
         done = left + stop - start
         from_right = entering(index) if entering is not None else None
         mixed_BLD, state = mixer.mix(layer.mixer_norm(x_BLD), left, right, state, from_right)
+        if told is not None and state is not None:
+            told(start, stop, state)
         behind_BLD = x_BLD[:, max(0, done - mixer.halo[0]) : done].clone()
         store.put(index, layer.joined(x_BLD[:, left:done], mixed_BLD))
         step()
 
 
-def _leftward(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> Callable[[int], State | None]:
+def _leftward(
+    layer: Layer, store: ChunkStore, step: Callable[[], object], told: _Told | None
+) -> Callable[[int], State | None]:
     """The state that enters each chunk from its right, by the chunk's number; they wait where the store keeps chunks.
 
     They are copied into tensors for all chunks: a view would hold on to all of the chunk that it is taken from, and small
@@ -256,6 +277,8 @@ def _leftward(layer: Layer, store: ChunkStore, step: Callable[[], object]) -> Ca
             kept = kept or tuple(part.new_empty(last, *part.shape, device=store.kept_on) for part in state)
             for parts, part in zip(kept, state, strict=True):
                 parts[index - 1] = part
+            if told is not None:
+                told(start, stop, state)
         step()
 
     def entering(index: int) -> State | None:
