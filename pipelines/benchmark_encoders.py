@@ -307,7 +307,8 @@ class _Bench:
             costs.append(self._timed(steps, empty, self.growth_watch, held))
 
     def _timed(self, steps: Steps, empty: Cost, watch: Stopwatch, held: int) -> Cost:
-        found = watch.measure(steps(empty.batch, empty.length))
+        step = steps(empty.batch, empty.length)  # held until its memory is counted: a graph goes with it
+        found = watch.measure(step)
         peak = None
         if self.device.type == "cuda":
             release(self.device)  # what graphs hold remains

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,8 +253,20 @@ def test_memory_is_all_that_was_allocated_beyond_what_was_held(
     result = EncoderBenchmark("CPU", {}, {}, "float32", 128, tiny, True)
     bench = encoders._Bench(CPU, plan, result, 0.0, lambda _: None)
     bench.device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**20)
-    cost = bench._timed(lambda batch, length: lambda: None, Cost(128, 3, 2), bench.watch, 2 * 2**20)
+    made: list[weakref.ref[Callable[[], None]]] = []
+
+    def steps(batch: int, length: int) -> Callable[[], None]:
+        def step() -> None:
+            assert (batch, length) == (3, 128)
+
+        made.append(weakref.ref(step))
+        return step
+
+    def allocated(device: torch.device) -> int:
+        return 5 * 2**20 if made[0]() is not None else 0  # a CUDA graph's memory goes with the step
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", allocated)
+    cost = bench._timed(steps, Cost(128, 3, 2), bench.watch, 2 * 2**20)
     assert (cost.peak_mib, cost.length, cost.batch, cost.strands) == (3.0, 128, 3, 2)
 
 
