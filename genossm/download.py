@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from genossm.atomic import atomic_write_text, write_error
 from genossm.errors import DataError, FileError, GenossmError
-from genossm.progress import progress, say
+from genossm.progress import move, progress, say
 from genossm.web import GO_ON, RefusedError, Response, TryAgainError, Web, content_length, content_range
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
@@ -88,9 +88,7 @@ class ByteBar:
             if came:
                 self._bar.update(change)
             else:
-                self._bar.initial += change
-                self._bar.n += change
-                self._bar.last_print_n += change
+                move(self._bar, change)
 
 
 def download_all(

@@ -36,6 +36,13 @@ def progress(
     )
 
 
+def move(bar: tqdm[Any], amount: int) -> None:
+    """Move a bar by what an earlier run has done, which does not count as speed."""
+    bar.initial += amount
+    bar.n += amount
+    bar.last_print_n += amount
+
+
 def say(message: str) -> None:
     """Print one line on standard error, without breaking a progress bar in use."""
     tqdm.write(message, file=sys.stderr)

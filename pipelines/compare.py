@@ -25,7 +25,7 @@ from genossm.pipelines.compare_trial import Candidate, Trial, read_scores
 from genossm.pipelines.device import describe, pick_device
 from genossm.pipelines.site_scores import SiteScores, sites_sha256
 from genossm.pipelines.train import fingerprint, track_heads
-from genossm.progress import progress, say
+from genossm.progress import move, progress, say
 from genossm.run_config import load_run_config
 from genossm.sampling import count_steps
 from genossm.version import versions
@@ -119,7 +119,7 @@ class _Work:
         """Do all that is not done, `jobs` at a time, showing progress and writing the tables after each."""
         total_bp = sum(trial.candidate.epoch_bp * trial.config.train.epochs for trial in self.trials)
         with progress(total=total_bp, unit="bp", description="train", scale=True) as bar:
-            bar.initial = bar.n = self._trained_bp()  # the rate is of what is trained now
+            move(bar, self._trained_bp())
             with ThreadPoolExecutor(jobs) as pool:
                 try:
                     self._wait(bar, {pool.submit(self._train, one): one.folder.name for one in self.trials})

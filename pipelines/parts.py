@@ -96,6 +96,7 @@ class Parts:
         advance: Callable[[int], object],
         *,
         indices: Sequence[int] | None = None,
+        already: Callable[[int], object] | None = None,
         stopped: Callable[[], bool] = lambda: False,
         noted: Mapping[str, NotedRuns] | None = None,
     ) -> int:
@@ -107,6 +108,7 @@ class Parts:
         Args:
             compute: makes values; reports its own progress.
             advance: told the base pairs of parts that are there.
+            already: told instead those of parts that were there before.
             indices: which parts; all by default.
             stopped: asked before each part whether to go on.
             noted: where `compute` puts what it notes of a whole chromosome before it yields its values.
@@ -118,7 +120,7 @@ class Parts:
         missing = []
         for index in range(len(self)) if indices is None else indices:
             if self._found(index):
-                advance(self.bases([index]))
+                (already or advance)(self.bases([index]))
             else:
                 missing.append(index)
         there = len(self if indices is None else indices) - len(missing)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from genossm.pipelines.shards import Shard
 from genossm.pipelines.spread import spread
 from genossm.pipelines.stop import stop_asked
 from genossm.pipelines.windowed import predict_chromosome
-from genossm.progress import progress, say
+from genossm.progress import move, progress, say
 from genossm.windows import Window
 
 __all__ = ["PredictionResult", "predict", "predict_chromosome"]
@@ -185,7 +186,9 @@ def _computed(job: Job, parts: Parts, folder: Path, shard: Shard | None) -> Pred
         job.placed(),
         progress(total=bases, unit="bp", description="predict", scale=True) as bar,
     ):
-        found = parts.complete(compute, bar.update, indices=indices, stopped=stopped, noted=noted)
+        found = parts.complete(
+            compute, bar.update, indices=indices, already=partial(move, bar), stopped=stopped, noted=noted
+        )
     if found:
         say(f"used {found} finished parts of an interrupted run")
     times["seconds"] = round(time.monotonic() - clock, 1)

@@ -16,7 +16,7 @@ from genossm import checkpoint
 from genossm.atomic import atomic_path, atomic_write_text
 from genossm.pipelines.idle_time import IdleTime
 from genossm.pipelines.training_module import TrainingModule
-from genossm.progress import progress
+from genossm.progress import move, progress
 
 METRICS_FILE = "metrics.csv"
 RESUME_FILE = "last.ckpt"
@@ -70,7 +70,7 @@ class RunLog(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._bar = progress(total=pl_module.total_steps, unit="step", description="train")
-        self._bar.update(trainer.global_step)
+        move(self._bar, trainer.global_step)
         self._epoch_start = self._saved = time.monotonic()  # an epoch that is gone on with is not started
         self._idle = IdleTime(pl_module.device)
 
