@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import isfinite, sqrt
 
 import numpy as np
@@ -26,6 +26,8 @@ WINDOWS = 8
 """Windows, at most, in which states are measured."""
 CHUNKS = 4
 """Chunks of such a window: states are looked at where they leave one."""
+CHUNK_BP = 1 << 18
+"""Base pairs that a model computes at once while its states are measured, at most, or one chunk."""
 FACTOR = 2.0
 """A state is out of range beyond so many times the largest one that was measured."""
 NOTE = "out_of_range:state:layer"
@@ -37,7 +39,7 @@ Limits = Mapping[tuple[int, int], float]
 class StateSizes:
     """The root-mean-square of each state that leaves a chunk, in the order told: a `watch` of `AccessibilityModel.stream`.
 
-    Sizes stay on the device until they are asked for: no chunk waits for the one before.
+    Of several sequences in a batch the largest. Sizes stay on the device until they are asked for: no chunk waits for the one before.
     """
 
     def __init__(self) -> None:
@@ -48,10 +50,9 @@ class StateSizes:
         for number, part in enumerate(state):
             real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
             dtype = torch.promote_types(real.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(real.flatten(1), dim=1, dtype=dtype)
             self._places.append((layer, number, first, stop))
-            self._sizes.append(
-                (torch.linalg.vector_norm(real, dtype=dtype) / sqrt(max(1, part.numel()))).double()
-            )
+            self._sizes.append((norms.amax() / sqrt(max(1, part[0].numel()))).double())
 
     def told(self) -> Iterator[tuple[tuple[int, int], tuple[int, int], float]]:
         """((layer, tensor of its state), (first trunk bin, the one after the last), size) of each state."""
@@ -95,16 +96,17 @@ def state_limits(model: AccessibilityModel, reader: CodeReader, lengths: Mapping
     trunk_bp = model.encoder.trunk_bp
     chunk_bp = max(1, model.window_bp // CHUNKS // trunk_bp) * trunk_bp
     limits: dict[tuple[int, int], float] = {}
-    for window in measured_windows(lengths, model.window_bp, reader):
-        codes = reader.read(
-            window.chrom, window.start, window.start + -(-window.length_bp // trunk_bp) * trunk_bp
-        )
-        sizes = StateSizes()
-        for _ in model.stream(torch.from_numpy(codes)[None], chunk_bp=chunk_bp, keep="device", watch=sizes):
-            pass
-        for key, _, size in sizes.told():
-            if isfinite(size):
-                limits[key] = max(limits.get(key, 0.0), FACTOR * size)
+    windows = measured_windows(lengths, model.window_bp, reader)
+    for length_bp, alike in groupby(windows, lambda window: -(-window.length_bp // trunk_bp) * trunk_bp):
+        codes = [reader.read(window.chrom, window.start, window.start + length_bp) for window in alike]
+        tokens, at_once = torch.from_numpy(np.stack(codes)), max(1, CHUNK_BP // chunk_bp)
+        for first in range(0, len(tokens), at_once):
+            sizes, batch = StateSizes(), tokens[first : first + at_once]
+            for _ in model.stream(batch, chunk_bp=chunk_bp, keep="device", watch=sizes):
+                pass
+            for key, _, size in sizes.told():
+                if isfinite(size):
+                    limits[key] = max(limits.get(key, 0.0), FACTOR * size)
     return limits
 
 

@@ -352,6 +352,23 @@ def test_limits_are_twice_the_largest_and_none_where_there_is_no_window(genome: 
     assert state_limits(model, reader, {"chrN": 3_000}) == {}
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_windows_are_measured_together_or_one_by_one(
+    genome: Genome, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Eight windows of one length, in batches: the limit is that of the window with the largest state."""
+    model, reader = growing(), CodeReader(genome)
+    model.window_bp = 1_024
+    monkeypatch.setattr(state_range, "CHUNK_BP", at_once * 1_024 // state_range.CHUNKS)
+    windows = list(measured_windows(genome.lengths, 1_024, reader))
+    found = [
+        max(found for _, found in edge_states(model, torch.from_numpy(codes)[None], 1_024 // 4 // TRUNK_BP))
+        for codes in (genome.window(window.chrom, window.start, window.end) for window in windows)
+    ]
+    assert len(windows) == 8 and max(found) > 1.001 * min(found)
+    assert state_limits(model, reader, genome.lengths) == pytest.approx({(0, 0): 2 * max(found)}, rel=1e-5)
+
+
 def test_the_estimate_counts_what_is_measured(
     genome: Genome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
