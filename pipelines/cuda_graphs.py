@@ -31,6 +31,14 @@ def why_no_graph(model: AccessibilityModel, device: torch.device) -> str | None:
     return None
 
 
+def why_no_training_graph(model: AccessibilityModel, device: torch.device) -> str | None:
+    """Why training steps of the model cannot be recorded, or None where they can."""
+    reason = why_no_graph(model, device)
+    if reason is None and model.config.encoder.checkpoint:
+        return "layers are computed again in the backward pass (checkpoint)"
+    return reason
+
+
 class GraphedTraining:
     """`model(tokens)` with gradients to the parameters, as a graph each for the forward and the backward pass.
 
@@ -59,9 +67,7 @@ class GraphedTraining:
 
     def _record(self, tokens: Tensor) -> None:
         self._shape = tokens.shape
-        reason = why_no_graph(self._model, tokens.device)
-        if reason is None and self._model.config.encoder.checkpoint:
-            reason = "layers are computed again in the backward pass (checkpoint)"
+        reason = why_no_training_graph(self._model, tokens.device)
         if reason is not None:
             if tokens.is_cuda:
                 say(f"CUDA graphs are not used: {reason}")

@@ -140,12 +140,10 @@ class ModelInfo:
                     part: size for part, size in asdict(memory).items() if isinstance(size, int) and size
                 }
                 del parts["peak"]
-                graphs = parts.pop("graphs", 0)
+                parts.pop("graphs", None)
                 lines += [f"    {part:26}{size / 2**20:>14,.1f} MiB" for part, size in parts.items()]
-                if graphs:
-                    lines.append(
-                        f"  {'training, with CUDA graphs':28}{(memory.peak + graphs) / 2**30:>14.3f} GiB"
-                    )
+                if isinstance(memory, TrainingMemory) and memory.graphs:
+                    lines.append(f"  {'training, with CUDA graphs':28}{memory.in_all / 2**30:>14.3f} GiB")
         lines += _measured_lines(self.measured)
         return "\n".join(lines)
 

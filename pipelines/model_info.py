@@ -19,7 +19,7 @@ from genossm.errors import ConfigError, DeviceError
 from genossm.models.accessibility import AccessibilityModel
 from genossm.models.heads import TrackHead
 from genossm.pipelines.cuda_behaviour import CUBLAS_WORKSPACE
-from genossm.pipelines.cuda_graphs import why_no_graph
+from genossm.pipelines.cuda_graphs import why_no_training_graph
 from genossm.pipelines.device import describe
 from genossm.pipelines.model_costs import Measured, ModelInfo, PredictionMemory, TrainingMemory
 from genossm.pipelines.rehearsal import Rehearsal, allocation
@@ -185,8 +185,7 @@ def _rehearsed_training(job: _Job) -> dict[str, Any]:
     with Rehearsal() as rehearsal:
         # the running average is a copy of the model, and copies need data
         module = TrainingModule(job.model(), replace(config, ema_decay=0.0, cuda_graphs=False), total_steps=1)
-        recorded = config.cuda_graphs and not job.config.model.encoder.checkpoint
-        recorded = recorded and why_no_graph(module.model, torch.device("cuda")) is None
+        recorded = config.cuda_graphs and why_no_training_graph(module.model, torch.device("cuda")) is None
         parameters = list(module.model.parameters())
         weights, trained = rehearsal.allocated, _allocated(parameters)
         average = weights if config.ema_decay else 0

@@ -180,12 +180,6 @@ class AccessibilityModel(nn.Module):
             part = tokens[:, low:high] if isinstance(tokens, Tensor) else tokens(low, high)
             return reverse_complement(part.to(self.encoder.norm.weight.device))
 
-        bins = total // self.encoder.trunk_bp
-
-        def watch_other(layer: int, first: int, stop: int, state: State) -> None:
-            if watch is not None:
-                watch(layer, bins - stop, bins - first, state)
-
         other = stream(
             self.encoder,
             read_other,
@@ -193,7 +187,7 @@ class AccessibilityModel(nn.Module):
             length=total,
             keep=keep,
             advance=told,
-            watch=None if watch is None else watch_other,
+            watch=None if watch is None else _from_the_end(watch, total // self.encoder.trunk_bp),
         )
         return self._streamed(own, other, total)
 
@@ -226,6 +220,15 @@ class AccessibilityModel(nn.Module):
     def _outputs(self, x_BLD: Tensor) -> Tensor:
         raw: Tensor = self.heads(x_BLD)
         return raw if self.equivariant else self.heads.values(raw)
+
+
+def _from_the_end(watch: Watch, bins: int) -> Watch:
+    """A watch that is told chunks of the other strand, and tells where they lie on the strand itself."""
+
+    def told(layer: int, first: int, stop: int, state: State) -> None:
+        watch(layer, bins - stop, bins - first, state)
+
+    return told
 
 
 def reverse_complement(tokens: Tensor) -> Tensor:
